@@ -147,12 +147,13 @@ def measure(directory: Path, sizes: Sequence[int], threads: int, limit: float) -
         ours[tokens] = run
         room = min(limit, 0.9 * memory_mib("meminfo", "MemAvailable"))
         need = native_need(native, tokens)
+        if not limit:
+            continue
         if need <= room and (run := in_own_process("native", directory, tokens, threads)):
             native[tokens] = run
             continue
-        if limit:
-            why = f"would take about {need / 1024:.0f} GiB of {room / 1024:.0f}"
-            print(f"transformers at {tokens} tokens: {why if need > room else 'out of memory'}")
+        why = f"would take about {need / 1024:.0f} GiB of {room / 1024:.0f}"
+        print(f"transformers at {tokens} tokens: {why if need > room else 'out of memory'}")
         limit = 0.0
     return ours, native
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from modeling_dsv4 import Dsv4ForCausalLM, Dsv4Model, hyper_ops
-from modeling_dsv4.hyper_connection import first_pre
+from modeling_dsv4.hyper_connection import HyperConnection, first_pre
+from modeling_dsv4.layers import RMSNorm
 from modeling_dsv4.weight_map import our_inventory
 
 KINDS = ["v4", "v41"]
@@ -389,6 +390,19 @@ def test_draft_weights_are_there_and_their_forward_is_named_as_missing(
     assert len(model.mtp) == 3
     with pytest.raises(NotImplementedError, match="draft heads load and save"):
         model.mtp[0](torch.zeros(1, 1, 4, 32))
+
+
+def test_every_norm_has_the_epsilon_of_the_configuration(tiny: Make) -> None:
+    # A released V4.1 says 1e-20: inputs as small as that are normed, not flushed.
+    model = tiny("v41", rms_norm_eps=1e-20)
+    norms = [m for m in model.modules() if isinstance(m, RMSNorm)]
+    small = {m: torch.full((2, m.weight.shape[0]), 1e-10) for m in norms}
+    for m, x in small.items():
+        torch.testing.assert_close(m(x), m.weight.expand_as(x) * 0.5**0.5)
+    assert len(norms) == 7 * 4 + 2 + 2 + 1
+    sites = [m for m in model.modules() if isinstance(m, HyperConnection)]
+    assert len(sites) == 14 and all(m.rms_eps == 1e-20 for m in sites)
+    assert {layer.engram.gate.eps for layer in model.model.layers if layer.engram} == {1e-20}
 
 
 @pytest.mark.parametrize("kind", KINDS)

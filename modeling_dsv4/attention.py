@@ -95,6 +95,7 @@ class Dsv4Attention(Float32Parameters):
         turns: dict[bool, torch.Tensor],
         shared: Shared,
         cache: LayerCache | None = None,
+        stores_only: bool = False,
     ) -> tuple[torch.Tensor, Shared]:
         """Attend from [B, S, D] to window and entries.
 
@@ -104,53 +105,26 @@ class Dsv4Attention(Float32Parameters):
             turns: rotation [B, S, R/2] of the positions, by whether the layer compresses.
             shared: entries and choices of the layers before.
             cache: this layer's stores, read and written; None starts from nothing.
+            stores_only: write the cache for later tokens and give the input back.
 
         Returns:
             [B, S, D], and what the next layer is handed.
         """
         turn = turns[self.ratio > 0]
+        k = rotate(self.kv_norm(self.kv_proj(hidden_states)), turn)
+        if self.rounding is not None:
+            k = self.rounding.key(k)
+        if self.compressor is not None:
+            shared = self._compress(hidden_states, segments, cache)
+        if stores_only:
+            assert cache is not None
+            cache.window.write(k, segments)
+            return hidden_states, shared
         q_latent = self.q_a_norm(self.q_a_proj(hidden_states))
         q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
         if self.config.q_head_norm:
             q = ops.rms_norm(q, None, 1e-6)
         q = rotate(q, turn[:, :, None])
-        k = rotate(self.kv_norm(self.kv_proj(hidden_states)), turn)
-        if self.rounding is not None:
-            k = self.rounding.key(k)
-        if self.ratio:
-            shared = self._compress(hidden_states, q_latent, turn, segments, shared, cache)
-        out = self._attend(q, k, segments, shared, cache)
-        # Values were rotated as keys; turning back at the query makes their part relative too.
-        out = rotate(out, turn.conj()[:, :, None])
-        out = self.o_a_proj(out.flatten(2).unflatten(-1, (self.groups, -1)))
-        return self.o_b_proj(out.flatten(2)), shared
-
-    def _compress(
-        self,
-        hidden_states: torch.Tensor,
-        q_latent: torch.Tensor,
-        turn: torch.Tensor,
-        segments: Segments,
-        shared: Shared,
-        cache: LayerCache | None,
-    ) -> Shared:
-        """Make what this layer owns of entries, index keys and choice."""
-        windows = segments.windows(self.ratio)
-        past = segments.state.entries.get(self.ratio)
-        if self.compressor is not None:
-            ring = None if cache is None else cache.pool
-            latents = self.compressor(hidden_states, segments, ring)
-            entries = rotate(latents, rotation(windows.position, self.config, compressed=True))
-            if self.rounding is not None:
-                entries = self.rounding.entry(entries)
-            keys = None
-            if self.indexer is not None:
-                keys = self.indexer.new_keys(hidden_states, latents, segments, cache)
-            if cache is not None:
-                entries = cache.entries.extend(entries, past, windows.count)
-                if keys is not None:
-                    keys = cache.index_keys.extend(keys, past, windows.count)
-            shared = Shared(entries, keys)
         if self.indexer is not None:
             assert shared.index_keys is not None
             before = Selection(shared.ids, shared.candidates)
@@ -158,7 +132,31 @@ class Dsv4Attention(Float32Parameters):
                 hidden_states, q_latent, shared.index_keys, turn, segments, before
             )
             shared = Shared(shared.entries, shared.index_keys, *chosen)
-        return shared
+        out = self._attend(q, k, segments, shared, cache)
+        # Values were rotated as keys; turning back at the query makes their part relative too.
+        out = rotate(out, turn.conj()[:, :, None])
+        out = self.o_a_proj(out.flatten(2).unflatten(-1, (self.groups, -1)))
+        return self.o_b_proj(out.flatten(2)), shared
+
+    def _compress(
+        self, hidden_states: torch.Tensor, segments: Segments, cache: LayerCache | None
+    ) -> Shared:
+        """Make the entries and index keys that this layer owns."""
+        assert self.compressor is not None
+        windows = segments.windows(self.ratio)
+        past = segments.state.entries.get(self.ratio)
+        latents = self.compressor(hidden_states, segments, None if cache is None else cache.pool)
+        entries = rotate(latents, rotation(windows.position, self.config, compressed=True))
+        if self.rounding is not None:
+            entries = self.rounding.entry(entries)
+        keys = None
+        if self.indexer is not None:
+            keys = self.indexer.new_keys(hidden_states, latents, segments, cache)
+        if cache is not None:
+            entries = cache.entries.extend(entries, past, windows.count)
+            if keys is not None:
+                keys = cache.index_keys.extend(keys, past, windows.count)
+        return Shared(entries, keys)
 
     def _attend(
         self,

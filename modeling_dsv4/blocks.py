@@ -30,6 +30,8 @@ class Pass:
 
     `turns`: rotation of the positions by layer kind. `input_ids`, `token_types` [B, S] or None.
     `engram_rows[i]` [B, S, P] table rows of the i-th Engram layer. `live` [B, S]: false on images.
+    `stores_only`: the layer that leaves keys and entries for later tokens and computes nothing
+    else, because nobody reads what these tokens become there; the layers behind it are not run.
     """
 
     segments: Segments
@@ -38,6 +40,7 @@ class Pass:
     token_types: torch.Tensor | None = None
     engram_rows: torch.Tensor | None = None
     live: torch.Tensor | None = None
+    stores_only: int | None = None
 
 
 class Dsv4DecoderLayer(GradientCheckpointingLayer):
@@ -81,6 +84,11 @@ class Dsv4DecoderLayer(GradientCheckpointingLayer):
             rows = told.engram_rows[self.engram.position]
             streams = self.engram(streams, rows, told.live)
         handed = Shared(entries, index_keys, ids, candidates)
+        if told.stores_only == self.layer_idx:
+            own = pre if self.single_pass else self.attn_hc(streams)[0]
+            x = self.input_layernorm(hyper_ops.collapse(streams, own))
+            self.self_attn(x, told.segments, told.turns, handed, cache, stores_only=True)
+            return streams, pre, *handed, None
 
         def attend(x: torch.Tensor) -> tuple[torch.Tensor, Shared]:
             x = self.input_layernorm(x)

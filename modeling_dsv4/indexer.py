@@ -6,7 +6,8 @@ V4.1: keys are a projection of the KV latent before its rotation, made by the la
 KV; later layers bring queries only. One layer also keeps candidate blocks, and the index layers
 behind it choose inside them.
 
-Selection has no gradient. Scores exist for one block of queries at a time, never as [S, T].
+Selection has no gradient. Scores exist for one block of queries at a time, never as [S, T], and
+only of entries that one of its queries may read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import ops
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
 
 # Scores of one block of queries may take this many float32 numbers (64 MiB).
 _BLOCK_NUMBERS = 1 << 24
+# More queries at once gain nothing: fewer of the entries are visible to all of them.
+_BLOCK_QUERIES = 256
+# Logits of one tile of keys, all heads, may take so many (4 MiB: what a core's cache holds).
+_TILE_NUMBERS = {"cpu": 1 << 20}
+_DEVICE_TILE_NUMBERS = 1 << 26
 
 
 class Selection(NamedTuple):
@@ -99,72 +106,162 @@ class Indexer(nn.Module):
             before: the last index source's choice, for its candidates.
         """
         windows = segments.windows(self.ratio)
-        candidates = before.candidates
-        all_blocks = -(-keys.shape[1] // self.config.candidate_block_size)
+        b, entries = hidden_states.shape[0], keys.shape[1]
+        all_blocks = -(-entries // self.config.candidate_block_size)
         narrows = self.makes_candidates and all_blocks > self.config.candidate_topk_blocks
-        k = min(self.config.index_topk, keys.shape[1])
-        if keys.shape[1] == k and not narrows and candidates is None:
+        k = min(self.config.index_topk, entries)
+        if entries == k and not narrows and before.candidates is None:
             return Selection(None)
-        b, s = hidden_states.shape[:2]
-        step = max(1, _BLOCK_NUMBERS // (b * keys.shape[1] * (self.heads + 4)))
+        width = entries if before.candidates is None else self._entries_inside(before.candidates)
         ids, blocks = [], []
-        for at in range(0, s, step):
-            part = slice(at, at + step)
-            scores = self._scores(hidden_states[:, part], q_latent[:, part], keys, turn[:, part])
-            seen = visible(windows, part, keys.shape[1])
-            scores = scores.masked_fill(~seen, -torch.inf)
+        for span in _spans(windows, b, width):
+            query, weight = self._queries(hidden_states, q_latent, turn, span.part)
+            if before.candidates is not None:
+                inside = before.candidates[:, span.part]
+                ids.append(self._choose_inside(query, weight, keys, windows, span, inside))
+                continue
+            scores = self._scores(query, weight, keys, windows, span)
             if narrows:
-                blocks.append(self._candidates(scores, windows, part))
-            elif candidates is not None:
-                scores = self._inside(scores, candidates[:, part])
-            chosen = ops.top_k_ascending(scores, k)
-            chosen = chosen.masked_fill(scores.gather(-1, chosen) == -torch.inf, -1)
-            ids.append(chosen.to(torch.int32))
-        return Selection(torch.cat(ids, 1), torch.cat(blocks, 1) if blocks else candidates)
+                blocks.append(self._candidates(scores, windows, span))
+            ids.append(_best(scores, k, span.low))
+        candidates = torch.cat(blocks, 1) if blocks else before.candidates
+        return Selection(torch.cat(ids, 1), candidates)
 
-    def _scores(
-        self, x: torch.Tensor, q_latent: torch.Tensor, keys: torch.Tensor, turn: torch.Tensor
-    ) -> torch.Tensor:
-        query = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
-        query = rotate(query, turn[:, :, None])
+    def _queries(
+        self, x: torch.Tensor, q_latent: torch.Tensor, turn: torch.Tensor, part: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated index queries [B, s, I, J] and the weights of their heads [B, s, I]."""
+        query = self.q_b_proj(q_latent[:, part]).unflatten(-1, (self.heads, self.channels))
+        query = rotate(query, turn[:, part, None])
         if self.rounding is not None:
             query = self.rounding.index(query)
-        weight = ops.fp32(self.weights_proj(x)) * (self.channels * self.heads) ** -0.5
-        return ops.index_scores(query, keys, weight)
+        weight = ops.fp32(self.weights_proj(x[:, part])) * (self.channels * self.heads) ** -0.5
+        return query, weight
 
-    def _candidates(self, scores: torch.Tensor, windows: Windows, part: slice) -> torch.Tensor:
+    def _scores(
+        self,
+        query: torch.Tensor,
+        weight: torch.Tensor,
+        keys: torch.Tensor,
+        windows: Windows,
+        span: Span,
+    ) -> torch.Tensor:
+        """Scores of the entries `span.low` to `span.high`, -inf where invisible: [B, s, n]."""
+        budget = _TILE_NUMBERS.get(query.device.type, _DEVICE_TILE_NUMBERS)
+        step = max(budget // weight.numel(), 64)
+        tiles = []
+        for low in range(span.low, span.high, step):
+            high = min(low + step, span.high)
+            tile = ops.index_scores(query, keys[:, low:high], weight)
+            if low < span.all_low or high > span.all_high:
+                at = torch.arange(low, high, device=tile.device)
+                tile.masked_fill_(~_sees(windows, span.part, at), -torch.inf)
+            tiles.append(tile)
+        return torch.cat(tiles, -1) if tiles else weight.new_empty(*weight.shape[:2], 0)
+
+    def _choose_inside(
+        self,
+        query: torch.Tensor,
+        weight: torch.Tensor,
+        keys: torch.Tensor,
+        windows: Windows,
+        span: Span,
+        candidates: torch.Tensor,
+    ) -> torch.Tensor:
+        """The best entries of the candidate blocks; only those are read and scored."""
+        size, entries = self.config.candidate_block_size, keys.shape[1]
+        at = candidates[..., None] + torch.arange(size, device=candidates.device)
+        seen = (candidates[..., None] >= 0) & _sees(windows, span.part, at.flatten(-2)).view_as(at)
+        at, seen = at.flatten(-2), seen.flatten(-2)
+        some = ops.gather_entries(keys, at.clamp(max=entries - 1))  # [B, s, n, J]
+        scores = ops.index_scores(
+            query.flatten(0, 1)[:, None], some.flatten(0, 1), weight.flatten(0, 1)[:, None]
+        )
+        scores = scores.view_as(at).masked_fill(~seen, -torch.inf)
+        chosen = _best(scores, min(self.config.index_topk, entries), 0)
+        return torch.where(chosen >= 0, at.gather(-1, chosen.clamp(min=0).long()), -1).to(
+            torch.int32
+        )
+
+    def _entries_inside(self, candidates: torch.Tensor) -> int:
+        """Numbers that one query takes inside its candidates: keys and scores."""
+        return candidates.shape[2] * self.config.candidate_block_size * (self.channels + self.heads)
+
+    def _candidates(self, scores: torch.Tensor, windows: Windows, span: Span) -> torch.Tensor:
         """The best blocks of entries of every query: [B, s, blocks] int32, -1 = none.
 
         A block scores its best entry; the block with the newest visible entry always stays.
         Blocks are counted from the first entry of the query's document.
         """
         size, b, s = self.config.candidate_block_size, *scores.shape[:2]
-        first = (windows.upto - windows.own)[:, part]
+        own = windows.own[:, span.part]
+        first = windows.upto[:, span.part] - own
         count = -(-scores.shape[-1] // size)
-        entry = first[..., None] + torch.arange(count * size, device=scores.device)
-        inside = entry < scores.shape[-1]
-        shifted = scores.gather(-1, entry.clamp(max=scores.shape[-1] - 1))
-        best = shifted.masked_fill(~inside, -torch.inf).view(b, s, count, size).amax(-1)
-        newest = (windows.own[:, part, None] - 1).clamp(min=0) // size
-        kept = torch.where(windows.own[:, part, None] > 0, torch.inf, -torch.inf)
+        if span.one_start:
+            shifted = F.pad(scores, (0, count * size - scores.shape[-1]), value=-torch.inf)
+        else:
+            entry = first[..., None] - span.low + torch.arange(count * size, device=scores.device)
+            shifted = scores.gather(-1, entry.clamp(max=scores.shape[-1] - 1))
+            shifted.masked_fill_(entry >= scores.shape[-1], -torch.inf)
+        best = shifted.view(b, s, count, size).amax(-1)
+        newest = (own[..., None] - 1).clamp(min=0) // size
+        kept = torch.where(own[..., None] > 0, torch.inf, -torch.inf)
         best = best.scatter(-1, newest, kept.to(best.dtype))
-        ids = ops.top_k_ascending(best, min(self.config.candidate_topk_blocks, count))
-        ids = ids.masked_fill(best.gather(-1, ids) == -torch.inf, -1)
+        ids = _best(best, self.config.candidate_topk_blocks, 0)
         # Stored as first entry of the block, so that a later pass needs no document borders.
         return torch.where(ids >= 0, ids * size + first[..., None], -1).to(torch.int32)
 
-    def _inside(self, scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """Hide the scores outside the candidate blocks."""
-        size, t = self.config.candidate_block_size, scores.shape[-1]
-        entry = candidates[..., None].long() + torch.arange(size, device=scores.device)
-        entry = torch.where(candidates[..., None] >= 0, entry, t).clamp(max=t).flatten(-2)
-        keep = torch.zeros(*scores.shape[:-1], t + 1, dtype=torch.bool, device=scores.device)
-        keep.scatter_(-1, entry, True)
-        return scores.masked_fill(~keep[..., :t], -torch.inf)
+
+class Span(NamedTuple):
+    """A block of queries and the entries it may read.
+
+    `low` to `high`: visible to at least one of its queries; `all_low` to `all_high`: to all.
+    `one_start`: the documents of all its queries have their first entry at `low`, or none.
+    """
+
+    part: slice
+    low: int
+    high: int
+    all_low: int
+    all_high: int
+    one_start: bool
+
+
+def _spans(windows: Windows, batch: int, width: int) -> list[Span]:
+    """Blocks of queries whose scores, `width` numbers a query, fit the budget."""
+    queries = windows.upto.shape[1]
+    step = max(min(_BLOCK_NUMBERS // (batch * width), _BLOCK_QUERIES), 1)
+    parts = [slice(at, min(at + step, queries)) for at in range(0, queries, step)]
+    upto, first = windows.upto, windows.upto - windows.own
+    # One transfer for all blocks: on a device each would wait for it.
+    borders = [
+        torch.stack((first[:, p].amin(), upto[:, p].amax(), first[:, p].amax(), upto[:, p].amin()))
+        for p in parts
+    ]
+    return [
+        Span(part, low, high, all_low, all_high, low in (high, all_low))
+        for part, (low, high, all_low, all_high) in zip(
+            parts, torch.stack(borders).tolist(), strict=True
+        )
+    ]
+
+
+def _best(scores: torch.Tensor, k: int, low: int) -> torch.Tensor:
+    """The k best of [B, s, n], counted from `low`, ascending: [B, s, k] int32, -1 = none."""
+    kept = min(k, scores.shape[-1])
+    if not kept:
+        return torch.full((*scores.shape[:2], k), -1, dtype=torch.int32, device=scores.device)
+    chosen = ops.top_k_ascending(scores, kept)
+    chosen = torch.where(scores.gather(-1, chosen) == -torch.inf, -1, chosen + low)
+    return F.pad(chosen.to(torch.int32), (0, k - kept), value=-1)
+
+
+def _sees(windows: Windows, part: slice, at: torch.Tensor) -> torch.Tensor:
+    """Which of the entries `at` [n] or [B, s, n] each query of `part` may read: [B, s, n] bool."""
+    upto, own = windows.upto[:, part, None], windows.own[:, part, None]
+    return (at < upto) & (at >= upto - own)
 
 
 def visible(windows: Windows, part: slice, entries: int) -> torch.Tensor:
     """Which of the row's entries each query of `part` may read: [B, s, T] bool."""
-    at = torch.arange(entries, device=windows.upto.device)
-    upto, own = windows.upto[:, part, None], windows.own[:, part, None]
-    return (at < upto) & (at >= upto - own)
+    return _sees(windows, part, torch.arange(entries, device=windows.upto.device))

@@ -13,7 +13,7 @@ Which mechanisms a model has is written in its config; there is one set of class
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,16 @@ from .storage import OpaqueWeights
 
 # Tokens that pass the layers at once where nothing needs all of them (no gradients).
 _CHUNK_TOKENS = 8192
+# Leaving out fewer tokens than this costs more than it saves.
+_LEAST_UNREAD = 64
+
+
+class Computed(NamedTuple):
+    """What one pass gives: hidden [B, S, D], streams [B, S, N, D] and router logits by layer."""
+
+    hidden: torch.Tensor
+    states: tuple[torch.Tensor, ...] = ()
+    routers: tuple[torch.Tensor, ...] = ()
 
 
 class Dsv4PreTrainedModel(PretrainedLoading, PreTrainedModel):
@@ -116,6 +126,7 @@ class Dsv4Model(Dsv4PreTrainedModel):
         output_router_logits: bool | None = None,
         seq_idx: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
+        last_tokens: int | None = None,
         **kwargs: object,
     ) -> MoeModelOutputWithPast:
         """Run the backbone.
@@ -134,6 +145,8 @@ class Dsv4Model(Dsv4PreTrainedModel):
             output_router_logits: also return [B * S, E] per layer.
             seq_idx: [B, S] document numbers of packed rows.
             cu_seq_lens_q: [documents + 1] borders of one packed row.
+            last_tokens: return the hidden states of the last so many columns alone. Without
+                gradients, what nobody reads is then not computed: see `_unread_columns`.
             kwargs: other keys of transformers' collators; ignored.
 
         Raises:
@@ -160,67 +173,116 @@ class Dsv4Model(Dsv4PreTrainedModel):
         )
         keeps_all = output_hidden_states or output_router_logits or torch.is_grad_enabled()
         step = max(_CHUNK_TOKENS // batch, 1)
-        if columns > step and not keeps_all:
-            hidden = self._forward_in_chunks(
-                step, segments, cache, (input_ids, inputs_embeds, token_types, attention_mask)
+        given = (input_ids, inputs_embeds, token_types, attention_mask)
+        unread = 0
+        if last_tokens is not None and not keeps_all:
+            unread = self._unread_columns(columns, last_tokens, cache, attention_mask)
+        if (columns > step or unread) and not keeps_all:
+            out = Computed(self._forward_in_chunks(step, unread, segments, cache, given))
+        else:
+            out = self._pass(
+                segments, cache, given[:3], bool(output_hidden_states), bool(output_router_logits)
             )
-            return MoeModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
-        ids = None if input_ids is None else segments.pick(input_ids)
-        types = None if token_types is None else segments.pick(token_types)
-        embeds = self.embed_tokens(ids) if inputs_embeds is None else segments.pick(inputs_embeds)
-        told = self._tell(segments, ids, types, cache)
-        if cache:
-            cache.open()
-        hidden, states, routers = self._run(
-            embeds, told, cache, bool(output_hidden_states), bool(output_router_logits)
-        )
-        if cache:
-            cache.advance(segments, columns)
+        hidden = out.hidden
         return MoeModelOutputWithPast(
-            last_hidden_state=segments.restore(hidden, columns),
+            last_hidden_state=hidden if last_tokens is None else hidden[:, -last_tokens:],
             past_key_values=cache,
-            hidden_states=tuple(segments.restore(h, columns) for h in states) or None,
-            router_logits=tuple(
-                segments.restore(r.unflatten(0, hidden.shape[:2]), columns).flatten(0, 1)
-                for r in routers
-            )
-            or None,
+            hidden_states=out.states or None,
+            router_logits=out.routers or None,
         )
+
+    def _unread_columns(
+        self, columns: int, last: int, cache: Dsv4Cache | None, mask: torch.Tensor | None
+    ) -> int:
+        """Leading columns whose tokens need not pass the layers behind the last KV source.
+
+        Those layers bring queries only, and see each other through their windows: the outputs of
+        the last `last` columns, and the windows of every token that may follow, reach back
+        `sliding_window - 1` columns a layer. Before that, the last KV source keeps a token's
+        entry and keys, and is done with it: the decoder half of V4.1 (CED), the last layers of V4.
+        """
+        config = self.config
+        behind = config.num_hidden_layers - 1 - max((0, *config.kv_source_layer_ids))
+        rewind = 0 if cache is None else cache.max_rewind
+        unread = columns - max(last, rewind) - behind * (config.sliding_window - 1)
+        if unread < _LEAST_UNREAD:
+            return 0
+        if mask is not None:  # pads at the end would shorten what is left of a row
+            real = mask[:, -columns:].bool()
+            if bool((real[:, :unread].any(1) & ~real[:, unread:].all(1)).any()):
+                return 0
+        return unread
 
     def _forward_in_chunks(
         self,
         step: int,
+        unread: int,
         segments: Segments,
         cache: Dsv4Cache | None,
-        inputs: tuple[torch.Tensor | None, ...],
+        given: tuple[torch.Tensor | None, ...],
     ) -> torch.Tensor:
-        """Long inputs without gradients, `step` columns at a time: the same result [B, S, D].
+        """Long inputs without gradients, `step` columns at a time: hidden [B, S - unread, D].
 
-        What a layer holds while it works is then bounded by the chunk, not by the context.
+        What a layer holds while it works is then bounded by the chunk, not by the context. Of the
+        first `unread` columns only what later ones read is computed.
         """
-        ids, embeds, types, mask = inputs
-        columns = next(x.shape[1] for x in (ids, embeds) if x is not None)
+        columns = next(x.shape[1] for x in given[:2] if x is not None)
         cache = cache or Dsv4Cache(self.config)
         cache.begin(segments.row.shape[0], segments.row.device)
         # Documents of the whole input as restarts at 0, which a chunk's border cannot hide.
         continues = segments.start == segments.state.start[:, None]
         places = torch.where(continues, segments.position, segments.local)
         places = segments.restore(places, columns)
-        mask = None if mask is None else mask[:, -columns:]
+        given = (*given[:3], None if given[3] is None else given[3][:, -columns:])
         hidden = []
-        for at in range(0, columns, step):
-            part = slice(at, at + step)
-            out = self(
-                input_ids=None if ids is None else ids[:, part],
-                inputs_embeds=None if embeds is None else embeds[:, part],
-                token_types=None if types is None else types[:, part],
-                attention_mask=None if mask is None else mask[:, part],
+        for at in (*range(0, unread, step), *range(unread, columns, step)):
+            part = slice(at, min(at + step, unread if at < unread else columns))
+            *inputs, mask = (None if x is None else x[:, part] for x in given)
+            assert cache.state is not None
+            some = find_segments(
+                (places.shape[0], part.stop - at),
+                cache.state,
+                attention_mask=mask,
                 position_ids=places[:, part],
-                past_key_values=cache,
-                use_cache=True,
             )
-            hidden.append(out.last_hidden_state)
+            out = self._pass(some, cache, tuple(inputs), stores_only=at < unread)
+            if at >= unread:
+                hidden.append(out.hidden)
         return torch.cat(hidden, dim=1)
+
+    def _pass(
+        self,
+        segments: Segments,
+        cache: Dsv4Cache | None,
+        given: tuple[torch.Tensor | None, ...],
+        keep_states: bool = False,
+        keep_routers: bool = False,
+        stores_only: bool = False,
+    ) -> Computed:
+        """Columns of ids, embeddings and types through the layers."""
+        input_ids, inputs_embeds, token_types = given
+        columns = next(x.shape[1] for x in given if x is not None)
+        ids = None if input_ids is None else segments.pick(input_ids)
+        types = None if token_types is None else segments.pick(token_types)
+        embeds = self.embed_tokens(ids) if inputs_embeds is None else segments.pick(inputs_embeds)
+        told = self._tell(segments, ids, types, cache)
+        if stores_only:
+            told.stores_only = max((0, *self.config.kv_source_layer_ids))
+        if cache:
+            cache.open()
+        out = self._run(embeds, told, cache, keep_states, keep_routers)
+        if cache:
+            cache.advance(segments, columns)
+        if stores_only:
+            return out
+        return Computed(
+            segments.restore(out.hidden, columns),
+            tuple(segments.restore(h, columns) for h in out.states),
+            tuple(
+                segments.restore(r.unflatten(0, out.hidden.shape[:2]), columns).flatten(0, 1)
+                for r in out.routers
+            ),
+        )
 
     def _open_cache(
         self, past_key_values: Dsv4Cache | None, use_cache: bool | None
@@ -267,12 +329,14 @@ class Dsv4Model(Dsv4PreTrainedModel):
         cache: Dsv4Cache | None,
         keep_states: bool,
         keep_routers: bool,
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    ) -> Computed:
         streams = embeds[:, :, None].expand(-1, -1, self.config.hc_mult, -1)
         pre = first_pre(streams)  # two-pass layers do not look at it
         shared: tuple[torch.Tensor | None, ...] = (None,) * 4
         states, routers = [], []
         for i, layer in enumerate(self.layers):
+            if told.stores_only is not None and i > told.stores_only:
+                return Computed(embeds[:, :0])
             if keep_states:
                 states.append(streams)
             store = None if cache is None else cache.layers[i]
@@ -282,7 +346,7 @@ class Dsv4Model(Dsv4PreTrainedModel):
         if keep_states:
             states.append(streams)
         hidden = self.hc_head(streams) if self.hc_head else hyper_ops.collapse(streams, pre)
-        return self.norm(hidden), states, routers
+        return Computed(self.norm(hidden), tuple(states), tuple(routers))
 
 
 class Float32Head(nn.Linear):
@@ -329,6 +393,7 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
         Returns:
             logits [B, kept, V] float32, the loss where labels are given, the cache.
         """
+        counted = isinstance(logits_to_keep, int) and logits_to_keep > 0 and labels is None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -337,6 +402,7 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             token_types=token_types,
             use_cache=use_cache,
+            last_tokens=logits_to_keep if counted else None,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

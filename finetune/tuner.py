@@ -30,6 +30,7 @@ class Dsv4LoraModel(LoraModel):
     def _pre_injection_hook(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         if is_ours(model):
+            _refuse_split(model)
             check_identity(model, config)
 
     @staticmethod
@@ -78,6 +79,14 @@ class Dsv4LoraModel(LoraModel):
 def register() -> None:
     """Put the tuner into PEFT's table; doing it again changes nothing."""
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = Dsv4LoraModel
+
+
+def _refuse_split(model: nn.Module) -> None:
+    if any(hasattr(p, "to_local") for p in model.parameters()):
+        raise NotImplementedError(
+            "adapters on a model that is split over processes (distributed_config, tp_plan) are "
+            "not there yet: load it without these, and train in data parallel (docs/parallel.md)"
+        )
 
 
 def check_identity(model: nn.Module, config: LoraConfig) -> None:

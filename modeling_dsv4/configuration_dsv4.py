@@ -65,6 +65,20 @@ class Dsv4Config(PreTrainedConfig):
     model_type = "dsv4"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
+    # What transformers splits over processes; docs/parallel.md says why the rest is not split.
+    base_model_tp_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.shared_experts.gate_proj": "colwise",
+        "layers.*.mlp.shared_experts.up_proj": "colwise",
+        "layers.*.mlp.shared_experts.down_proj": "rowwise",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
 
     vocab_size: int = 129280
     hidden_size: int = 4096
@@ -195,6 +209,8 @@ class Dsv4Config(PreTrainedConfig):
     def _fix_engram_rows(self) -> None:
         if not self.engram_layer_ids:
             return
+        tables = {"layers.*.engram.embed": "embedding_rowwise"}
+        self.base_model_tp_plan = {**type(self).base_model_tp_plan, **tables}
         # Imported here: only configurations with Engram pay for it.
         from .engram_hash import table_primes
 

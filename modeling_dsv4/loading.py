@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+_PARALLEL = ("distributed_config", "tp_plan", "tp_size")
 _PLAIN_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 
 
@@ -70,7 +71,10 @@ class PretrainedLoading(_Base):
         config._name_or_path = str(pretrained_model_name_or_path)
         _set_budgets(config, expert_memory=expert_memory, engram_memory=engram_memory)
         _check_method(config)
-        if detect_layout(directory) == "dsv4":
+        own = detect_layout(directory) == "dsv4"
+        if own or not dequantize:
+            _check_parallel(config, own, kwargs)
+        if own:
             _check_layout(directory, config)
             if dequantize and getattr(config, "quantization_config", None):
                 config.quantization_config["dequantize"] = True
@@ -104,7 +108,9 @@ class PretrainedLoading(_Base):
                 held = module.memory_bytes()
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 tier = str(tensor.device)
-                held[tier] = held.get(tier, 0) + tensor.nbytes
+                # A tensor split over processes counts with the part that is here.
+                here = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+                held[tier] = held.get(tier, 0) + here.nbytes
             part = report.setdefault(_part(name), {}) if held else {}
             for tier, size in held.items():
                 part[tier] = part.get(tier, 0) + size
@@ -188,6 +194,20 @@ def _check_method(config: PreTrainedConfig) -> None:
     hint = "`import quantize` first" if method == "dsv4" else "install what registers it"
     raise ValueError(
         f"the weights are stored with quant_method={method!r}, which is not registered; {hint}"
+    )
+
+
+def _check_parallel(config: PreTrainedConfig, own: bool, kwargs: dict[str, Any]) -> None:
+    """Refuse to split what is not plain: a plan names parameters that packed modules lack."""
+    given = [name for name in _PARALLEL if kwargs.get(name) is not None]
+    stored = getattr(config, "quantization_config", None)
+    if not given or not stored:
+        return
+    way = "save a plain copy first, in one process: from_pretrained(directory, dequantize=True)"
+    raise NotImplementedError(
+        f"{', '.join(given)}: wanted plain weights, got quant_method={stored['quant_method']!r}: "
+        "packed weights and experts on disk cannot be split over processes yet; "
+        + (f"{way}.save_pretrained(copy)" if own else "pass dequantize=True, which widens them")
     )
 
 

@@ -363,6 +363,8 @@ class Float32Head(nn.Linear):
 class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
     """The backbone with its language-model head, and the weights of draft heads and vision."""
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
     def __init__(self, config: Dsv4Config) -> None:
         super().__init__(config)
         self.model = Dsv4Model(config)

@@ -50,7 +50,7 @@ class ExpertsBase(nn.Module):
 
         Args:
             hidden_states: [n, D].
-            top_k_index: [n, K] int64.
+            top_k_index: [n, K] int64; ids from `num_experts` on are left out.
             top_k_weights: [n, K] float32.
 
         Returns:
@@ -72,6 +72,9 @@ class ExpertsBase(nn.Module):
                 xe = self.round_input(xe)
             u = ops.swiglu(gate_up(xe), self.swiglu_limit, we)
             parts.append(down(u if self.round_input is None else self.round_input(u)))
+        if not parts:
+            # No rows, but of this graph: the backward's collectives want every process.
+            parts.append(x * weights[:, None])
         return ops.scatter_rows(torch.cat(parts), rows.token, hidden_states)
 
 
@@ -98,6 +101,8 @@ class Dsv4Experts(ExpertsBase):
         if top_k_index.numel() < 2 * self.num_experts or not ops.can_group(self.gate_up_proj):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         rows = ops.group_by_expert(top_k_index, self.num_experts)
+        if not rows.token.numel():
+            return super().forward(hidden_states, top_k_index, top_k_weights)
         x, weights = hidden_states[rows.token], top_k_weights.flatten()[rows.order]
         h = ops.grouped_linear(x, self.gate_up_proj, rows.counts)
         u = ops.swiglu(h, self.swiglu_limit, weights)

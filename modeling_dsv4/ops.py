@@ -53,10 +53,13 @@ class ExpertRows(NamedTuple):
 
 
 def group_by_expert(index: torch.Tensor, num_experts: int) -> ExpertRows:
-    """Sort the pairs of [n, K] expert ids so that each expert's rows are contiguous."""
+    """Sort the pairs of [n, K] expert ids so that each expert's rows are contiguous.
+
+    Ids from `num_experts` on stand for experts of other processes; their pairs are left out.
+    """
     flat = index.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=num_experts).tolist()
+    counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
+    order = flat.argsort(stable=True)[: sum(counts)]
     return ExpertRows(order, order // index.shape[1], counts)
 
 

@@ -10,6 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from finetune import attach_adapters, merge_adapters
@@ -209,6 +211,22 @@ def test_an_adapter_of_another_model_is_refused(make_model: MakeModel, tmp_path:
         PeftModel.from_pretrained(make_model(n_routed_experts=4), tmp_path)
     # A packed copy is the same base.
     PeftModel.from_pretrained(_pack(make_model(seed=0)), tmp_path)
+
+
+def test_a_model_split_over_processes_takes_no_adapters(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    model = make_model()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        head = distribute_tensor(model.lm_head.weight.data, mesh, [Shard(0)])
+        model.lm_head.weight = torch.nn.Parameter(head)
+        with pytest.raises(NotImplementedError, match="split over processes"):
+            attach_adapters(model, r=2)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_adapter_fits_wholly_or_not_at_all(make_model: MakeModel, tmp_path: Path) -> None:

@@ -181,6 +181,31 @@ def test_few_rows_are_looped_over_and_many_grouped(
         assert bool(opened) == looped
 
 
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_halves_of_the_experts_sum_to_the_whole(make: Make, tokens: int) -> None:
+    whole = make().experts.float()
+    x, weights = torch.randn(tokens, 32), torch.rand(tokens, 2)
+    index = torch.randint(0, 4, (tokens, 2))
+    total = torch.zeros(tokens, 32)
+    for first in (0, 2):
+        half = Dsv4Experts(2, 32, whole.intermediate_size, whole.swiglu_limit)
+        half.gate_up_proj.data = whole.gate_up_proj.data[first : first + 2]
+        half.down_proj.data = whole.down_proj.data[first : first + 2]
+        here = (index >= first) & (index < first + 2)
+        total += half(x, torch.where(here, index - first, 2), weights.masked_fill(~here, 0))
+    torch.testing.assert_close(total, whole(x, index, weights))
+
+
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_experts_that_nobody_chose_give_zero_and_stay_in_the_graph(make: Make, tokens: int) -> None:
+    experts = make().experts.float()
+    x = torch.randn(tokens, 32, requires_grad=True)
+    weights = torch.rand(tokens, 2).requires_grad_()
+    out = experts(x, torch.full((tokens, 2), 4), weights)
+    assert out.dtype is torch.float32 and not out.any()
+    assert all(not g.any() for g in torch.autograd.grad(out.sum(), (x, weights)))
+
+
 def test_the_routed_sum_is_rounded_once(make: Make) -> None:
     moe = make().float().to(torch.bfloat16)
     seen = []

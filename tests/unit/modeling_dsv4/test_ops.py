@@ -56,6 +56,14 @@ def test_pairs_are_sorted_by_expert_and_keep_their_tokens() -> None:
     assert index.flatten()[rows.order].tolist() == [0, 0, 2, 2, 3, 3]
 
 
+def test_pairs_of_other_processes_experts_are_left_out() -> None:
+    index = torch.tensor([[2, 0], [0, 2], [1, 2]])
+    rows = ops.group_by_expert(index, 2)
+    assert rows.counts == [2, 1]
+    assert rows.token.tolist() == [0, 1, 2]
+    assert index.flatten()[rows.order].tolist() == [0, 0, 1]
+
+
 @pytest.mark.parametrize("counts", [[3, 0, 4, 1], [0, 0, 0, 8], [2, 2, 2, 2]])
 def test_grouped_products_equal_a_loop(counts: list[int]) -> None:
     x = torch.randn(8, 16, requires_grad=True)

@@ -49,6 +49,7 @@ class Indexer(nn.Module):
         super().__init__()
         self.config, self.ratio = config, ratio
         self.rounding: Rounding | None = None  # see simulation.py
+        self.kernels = "auto"  # see kernel_choice.py
         self.heads, self.channels = config.index_n_heads, config.index_head_dim
         self.owns_keys = config.kv_source(layer_idx) == layer_idx
         self.makes_candidates = layer_idx == config.candidate_source_layer_id
@@ -126,7 +127,7 @@ class Indexer(nn.Module):
         self, x: torch.Tensor, q_latent: torch.Tensor, keys: torch.Tensor, turn: torch.Tensor
     ) -> torch.Tensor:
         query = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
-        query = rotate(query, turn[:, :, None])
+        query = rotate(query, turn[:, :, None], kernels=self.kernels)
         if self.rounding is not None:
             query = self.rounding.index(query)
         weight = ops.fp32(self.weights_proj(x)) * (self.channels * self.heads) ** -0.5

@@ -10,14 +10,22 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .kernel_choice import use_triton
+
 
 def fp32(x: torch.Tensor) -> torch.Tensor:
     """Promote half precision to float32; leave float32 and float64 alone."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, kernels: str = "torch"
+) -> torch.Tensor:
     """`w * x * rsqrt(mean(x^2) + eps)` over the last axis, in float32, rounded once."""
+    if weight is not None and use_triton(kernels, x):
+        from .kernels import norm
+
+        return norm.rms_norm(x, weight, eps)
     y = fp32(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
@@ -26,12 +34,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
 
 
 def swiglu(
-    gate_up: torch.Tensor, limit: float | None, weight: torch.Tensor | None = None
+    gate_up: torch.Tensor,
+    limit: float | None,
+    weight: torch.Tensor | None = None,
+    kernels: str = "torch",
 ) -> torch.Tensor:
     """Clamped SwiGLU of [..., 2F] -> [..., F], times a routing weight [...], in float32.
 
     The gate is clamped from above only, the up half on both sides.
     """
+    if use_triton(kernels, gate_up):
+        from .kernels import swiglu as fused
+
+        return fused.swiglu(gate_up, limit, weight)
     gate, up = fp32(gate_up).chunk(2, dim=-1)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)

@@ -5,7 +5,7 @@ On a CPU Triton's interpreter runs them, at sizes that show every mask; on a GPU
 run at the model's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -29,14 +29,13 @@ SMALL = hyper.Tiles(
 
 
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory is NaN, so that an element nobody writes shows."""
     for name in ("empty_like", "empty"):
         plain = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, plain=plain, **k: _nan(plain(*a, **k)))
     plain_new = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _nan(plain_new(*a, **k)))
-    yield
 
 
 def _nan(x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 """Triton twins of rotation, norm and SwiGLU against their references: outputs and gradients."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -130,3 +131,30 @@ def test_swiglu_agrees_at_real_size(agree: Agree, dtype: torch.dtype) -> None:
         inputs,
         TOLERANCE["cuda"][dtype],
     )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["v4", "v41"])
+def test_a_model_on_triton_is_the_same_model(
+    tiny: Callable[..., Any], kind: str, device: str
+) -> None:
+    # The shortest stacks with a compressor, an indexer and, in V4.1, an Engram.
+    changes: dict[str, Any] = {"hc_sinkhorn_iters": 2}
+    if kind == "v4":
+        changes |= {"num_hidden_layers": 1, "compress_ratios": [4], "num_hash_layers": 0}
+    model = tiny(kind, **changes).to(device)
+    if kind == "v41":
+        del model.model.layers[2:]
+    ids = torch.randint(3, 64, (1, 5), device=device)
+    grads, logits = [], []
+    for kernels in ("triton", "torch"):
+        model.set_kernels(kernels)
+        model.zero_grad()
+        logits.append(model(ids, use_cache=False).logits)
+        logits[-1].square().mean().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*logits, atol=2e-4, rtol=1e-4)
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[1].items():
+        worst = (grads[0][name] - grad).abs().max() / grad.abs().max().clamp(min=1e-6)
+        assert worst < 1e-3, name

@@ -31,7 +31,7 @@ from .configuration_dsv4 import Dsv4Config
 from .indexer import Indexer, Selection, visible
 from .layers import RMSNorm
 from .precision import Float32Parameters
-from .rotary import rotate, rotation
+from .rotary import norm_rotate, rotate, rotation
 from .segments import Segments
 from .storage import GroupedLinear
 
@@ -77,6 +77,7 @@ class Dsv4Attention(Float32Parameters):
         self.o_b_proj = nn.Linear(g * config.o_lora_rank, config.hidden_size, bias=False)
         self.sinks = nn.Parameter(torch.empty(h, dtype=torch.float32))
         self.rounding: Rounding | None = None  # see simulation.py
+        self.kernels = "auto"  # see kernel_choice.py
         self.compressor: Compressor | None = None
         self.indexer: Indexer | None = None
         self.reads_all = True
@@ -111,7 +112,7 @@ class Dsv4Attention(Float32Parameters):
             [B, S, D], and what the next layer is handed.
         """
         turn = turns[self.ratio > 0]
-        k = rotate(self.kv_norm(self.kv_proj(hidden_states)), turn)
+        k = rotate(self.kv_norm(self.kv_proj(hidden_states)), turn, kernels=self.kernels)
         if self.rounding is not None:
             k = self.rounding.key(k)
         if self.compressor is not None:
@@ -123,8 +124,9 @@ class Dsv4Attention(Float32Parameters):
         q_latent = self.q_a_norm(self.q_a_proj(hidden_states))
         q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
         if self.config.q_head_norm:
-            q = ops.rms_norm(q, None, 1e-6)
-        q = rotate(q, turn[:, :, None])
+            q = norm_rotate(q, turn[:, :, None], 1e-6, self.kernels)
+        else:
+            q = rotate(q, turn[:, :, None], kernels=self.kernels)
         if self.indexer is not None:
             assert shared.index_keys is not None
             before = Selection(shared.ids, shared.candidates)
@@ -134,7 +136,7 @@ class Dsv4Attention(Float32Parameters):
             shared = Shared(shared.entries, shared.index_keys, *chosen)
         out = self._attend(q, k, segments, shared, cache)
         # Values were rotated as keys; turning back at the query makes their part relative too.
-        out = rotate(out, turn.conj()[:, :, None])
+        out = rotate(out, turn[:, :, None], inverse=True, kernels=self.kernels)
         out = self.o_a_proj(out.flatten(2).unflatten(-1, (self.groups, -1)))
         return self.o_b_proj(out.flatten(2)), shared
 

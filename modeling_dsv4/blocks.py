@@ -109,9 +109,10 @@ class Dsv4DecoderLayer(GradientCheckpointingLayer):
         handed: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, T]:
         """Collapse, run the block, expand; single-pass sites collapse with what was handed on."""
-        pre, post, comb = site(streams)
-        u, more = block(hyper_ops.collapse(streams, handed if self.single_pass else pre))
-        return hyper_ops.expand(u, streams, post, comb), pre if self.single_pass else handed, more
+        x, pre, post, comb, streams = site(streams, handed if self.single_pass else None)
+        u, more = block(x)
+        streams = hyper_ops.expand(u, streams, post, comb, site.kernels)
+        return streams, pre if self.single_pass else handed, more
 
 
 class MarkovHead(nn.Module):

@@ -21,7 +21,7 @@ from .segments import RowState, find_segments
 
 # What a module's output tuple is called in a trace.
 _NAMES: dict[type[nn.Module], tuple[str, ...]] = {
-    HyperConnection: ("pre", "post", "comb"),
+    HyperConnection: ("collapsed", "pre", "post", "comb"),
     Dsv4Router: ("logits", "weights", "indices"),
     Indexer: ("ids", "candidates"),
     EngramGate: ("gate",),
@@ -33,6 +33,7 @@ def trace(model: nn.Module, **inputs: Any) -> dict[str, torch.Tensor]:
     """Run the model and return its intermediates by name.
 
     Names are module paths plus what the module gives: `layers.3.attn_hc.pre` [B, S, N],
+    `layers.3.attn_hc.collapsed` [B, S, D] (what enters the norm),
     `layers.3.self_attn.indexer.ids` [B, S, K] (absent where every visible entry is read),
     `layers.3.mlp.gate.indices` [B * S, K], `layers.1.engram.gate.gate` [B, S, N],
     `layers.1.engram.rows` [B, S, P], `layers.3.streams` [B, S, N, D] leaving the layer, and

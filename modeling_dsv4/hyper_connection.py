@@ -19,12 +19,13 @@ from .precision import Float32Parameters
 
 
 class HyperConnection(Float32Parameters):
-    """One site: streams [B, S, N, D] -> pre [B, S, N], post [B, S, N], comb [B, S, N, N]."""
+    """One site: what opens it comes from here, what closes it is `hyper_ops.expand`."""
 
     def __init__(self, config: Dsv4Config) -> None:
         super().__init__()
         n = config.hc_mult
         rows = n * n + 2 * n
+        self.kernels = "auto"
         self.iters, self.eps, self.rms_eps = (
             config.hc_sinkhorn_iters,
             config.hc_eps,
@@ -37,15 +38,25 @@ class HyperConnection(Float32Parameters):
     def float32_names(self) -> tuple[str, ...]:
         return ("fn", "base", "scale")
 
-    def forward(self, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return hyper_ops.coefficients(
+    def forward(
+        self, streams: torch.Tensor, handed: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Open the site: [B, S, N, D] -> [B, S, D], collapsed with `handed` [B, S, N] if given.
+
+        Returns:
+            the collapsed streams, pre [B, S, N], post [B, S, N], comb [B, S, N, N], and the
+            streams to close the site with.
+        """
+        return hyper_ops.open_site(
             streams,
+            handed,
             self.fn,
             self.base,
             self.scale,
             iters=self.iters,
             eps=self.eps,
             rms_eps=self.rms_eps,
+            kernels=self.kernels,
         )
 
 

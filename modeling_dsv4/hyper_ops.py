@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .kernel_choice import use_triton
 from .ops import fp32
 
 
@@ -159,9 +160,17 @@ def collapse(streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
 
 
 def expand(
-    u: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
+    u: torch.Tensor,
+    streams: torch.Tensor,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    kernels: str = "torch",
 ) -> torch.Tensor:
     """A block's output back to N streams, mixed with what they held; see `expand_ref`."""
+    if use_triton(kernels, streams):
+        from .kernels import expand as fused
+
+        return fused.expand(u, streams, post, comb)
     n, d = streams.shape[-2:]
     out = _Expand.apply(
         fp32(u).reshape(-1, d),
@@ -200,3 +209,38 @@ def coefficients(
     post = 2 * torch.sigmoid(scale[1] * post + post_b)
     comb = sinkhorn((scale[2] * comb + comb_b).unflatten(-1, (n, n)), iters, eps)
     return pre, post, comb
+
+
+def open_site(
+    streams: torch.Tensor,
+    handed: torch.Tensor | None,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    iters: int,
+    eps: float,
+    rms_eps: float,
+    kernels: str = "torch",
+) -> tuple[torch.Tensor, ...]:
+    """All that a site does before its block (mHC §4.2).
+
+    Args:
+        streams: [..., N, D].
+        handed: [..., N] collapses instead of the site's own `pre` (single pass), or None.
+        fn: as base and scale, of `coefficients`.
+        kernels: see `kernel_choice.py`.
+
+    Returns:
+        the block's input [..., D], pre, post, comb of `coefficients`, and the streams for
+        `expand`. These are the streams given; taken from here, what `expand` sends back to them
+        is added where this function's gradients are made, not in a pass of its own.
+    """
+    if use_triton(kernels, streams):
+        from .kernels import hyper
+
+        return hyper.open_site(
+            streams, handed, fn, base, scale, iters=iters, eps=eps, rms_eps=rms_eps
+        )
+    pre, post, comb = coefficients(streams, fn, base, scale, iters=iters, eps=eps, rms_eps=rms_eps)
+    return collapse(streams, pre if handed is None else handed), pre, post, comb, streams

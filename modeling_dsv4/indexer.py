@@ -56,6 +56,7 @@ class Indexer(nn.Module):
         super().__init__()
         self.config, self.ratio = config, ratio
         self.rounding: Rounding | None = None  # see simulation.py
+        self.kernels = "auto"  # see kernel_choice.py
         self.heads, self.channels = config.index_n_heads, config.index_head_dim
         self.owns_keys = config.kv_source(layer_idx) == layer_idx
         self.makes_candidates = layer_idx == config.candidate_source_layer_id
@@ -132,7 +133,7 @@ class Indexer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated index queries [B, s, I, J] and the weights of their heads [B, s, I]."""
         query = self.q_b_proj(q_latent[:, part]).unflatten(-1, (self.heads, self.channels))
-        query = rotate(query, turn[:, part, None])
+        query = rotate(query, turn[:, part, None], kernels=self.kernels)
         if self.rounding is not None:
             query = self.rounding.index(query)
         weight = ops.fp32(self.weights_proj(x[:, part])) * (self.channels * self.heads) ** -0.5

@@ -20,6 +20,7 @@ def test_a_trace_names_every_intermediate(tiny: Make) -> None:
     model, ids = tiny("v41"), torch.randint(3, 64, (2, 40))
     found = trace(model, input_ids=ids)
     shapes = {
+        "layers.3.attn_hc.collapsed": (2, 40, 32),
         "layers.3.attn_hc.pre": (2, 40, 4),
         "layers.3.attn_hc.post": (2, 40, 4),
         "layers.3.ffn_hc.comb": (2, 40, 4, 4),

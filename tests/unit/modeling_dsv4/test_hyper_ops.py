@@ -205,8 +205,13 @@ def test_the_modules_use_their_own_parameters(tiny_config: Callable) -> None:
     expected = hyper_ops.coefficients(
         streams, site.fn, site.base, site.scale, iters=20, eps=0.25, rms_eps=1e-6
     )
-    for found, wanted in zip(site(streams), expected, strict=True):
-        assert torch.equal(found, wanted)
+    collapsed, *found, passed = site(streams)
+    assert torch.equal(collapsed, hyper_ops.collapse(streams, expected[0]))
+    for part, wanted in zip(found, expected, strict=True):
+        assert torch.equal(part, wanted)
+    assert passed is streams
+    handed = torch.randn(2, 3, 4)
+    assert torch.equal(site(streams, handed)[0], hyper_ops.collapse(streams, handed))
     mix = hyper_ops.project_ref(streams, head.hc_fn, 1e-6)
     weights = torch.sigmoid(head.hc_scale * mix + head.hc_base) + 0.25
     torch.testing.assert_close(head(streams), (weights[..., None] * streams).sum(-2))

@@ -197,7 +197,7 @@ def test_single_pass_coefficients_come_from_the_site_before(tiny: Make) -> None:
             rows = hashing.rows(0, hashing.cut_context(torch.stack(back, -1)))
             streams = layer.engram(streams, rows, None)
         for site in (layer.attn_hc, layer.ffn_hc):
-            own, post, comb = site(streams)
+            _, own, post, comb, _ = site(streams)
             collapsed = torch.einsum("bsn,bsnd->bsd", pre, streams)
             torch.testing.assert_close(seen["in"][n], collapsed)
             mixed = torch.einsum("bsjk,bsjd->bskd", comb, streams)

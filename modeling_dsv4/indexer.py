@@ -20,6 +20,7 @@ from . import ops
 from .cache import LayerCache
 from .compressor import Compressor
 from .configuration_dsv4 import Dsv4Config
+from .kernel_choice import use_triton
 from .layers import RMSNorm
 from .rotary import rotate, rotation
 from .segments import Segments, Windows
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # Scores of one block of queries may take this many float32 numbers (64 MiB).
 _BLOCK_NUMBERS = 1 << 24
+# Index queries of so many tokens exist at once where a kernel chooses (64 MiB in V4-Flash).
+_KERNEL_TOKENS = 4096
 
 
 class Selection(NamedTuple):
@@ -49,6 +52,7 @@ class Indexer(nn.Module):
         super().__init__()
         self.config, self.ratio = config, ratio
         self.rounding: Rounding | None = None  # see simulation.py
+        self.kernels = "auto"  # see kernel_choice.py
         self.heads, self.channels = config.index_n_heads, config.index_head_dim
         self.owns_keys = config.kv_source(layer_idx) == layer_idx
         self.makes_candidates = layer_idx == config.candidate_source_layer_id
@@ -105,6 +109,10 @@ class Indexer(nn.Module):
         k = min(self.config.index_topk, keys.shape[1])
         if keys.shape[1] == k and not narrows and candidates is None:
             return Selection(None)
+        if use_triton(self.kernels, keys):
+            keep = self.config.candidate_topk_blocks if narrows else 0
+            asks = (hidden_states, q_latent, turn)
+            return self._choose_by_kernel(asks, keys, windows, k, candidates, keep)
         b, s = hidden_states.shape[:2]
         step = max(1, _BLOCK_NUMBERS // (b * keys.shape[1] * (self.heads + 4)))
         ids, blocks = [], []
@@ -122,14 +130,48 @@ class Indexer(nn.Module):
             ids.append(chosen.to(torch.int32))
         return Selection(torch.cat(ids, 1), torch.cat(blocks, 1) if blocks else candidates)
 
-    def _scores(
-        self, x: torch.Tensor, q_latent: torch.Tensor, keys: torch.Tensor, turn: torch.Tensor
-    ) -> torch.Tensor:
+    def _choose_by_kernel(
+        self,
+        asks: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        keys: torch.Tensor,
+        windows: Windows,
+        k: int,
+        candidates: torch.Tensor | None,
+        keep: int,
+    ) -> Selection:
+        from .kernels.indexer import choose
+
+        first, ids, blocks = windows.upto - windows.own, [], []
+        # A source of candidates chooses its own entries among all.
+        inside = None if keep else candidates
+        for at in range(0, first.shape[1], _KERNEL_TOKENS):
+            part = slice(at, at + _KERNEL_TOKENS)
+            query, weight = self._query(*(x[:, part] for x in asks))
+            chosen, kept = choose(
+                query, keys, weight, first[:, part], windows.own[:, part], k,
+                candidates=None if inside is None else inside[:, part],
+                group=self.config.candidate_block_size, keep=keep,
+            )  # fmt: skip
+            ids.append(chosen)
+            blocks.append(kept)
+        kept_all = [x for x in blocks if x is not None]
+        return Selection(torch.cat(ids, 1), torch.cat(kept_all, 1) if kept_all else candidates)
+
+    def _query(
+        self, x: torch.Tensor, q_latent: torch.Tensor, turn: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index queries [B, s, I, J] and their heads' weights [B, s, I]."""
         query = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
         query = rotate(query, turn[:, :, None])
         if self.rounding is not None:
             query = self.rounding.index(query)
         weight = ops.fp32(self.weights_proj(x)) * (self.channels * self.heads) ** -0.5
+        return query, weight
+
+    def _scores(
+        self, x: torch.Tensor, q_latent: torch.Tensor, keys: torch.Tensor, turn: torch.Tensor
+    ) -> torch.Tensor:
+        query, weight = self._query(x, q_latent, turn)
         return ops.index_scores(query, keys, weight)
 
     def _candidates(self, scores: torch.Tensor, windows: Windows, part: slice) -> torch.Tensor:

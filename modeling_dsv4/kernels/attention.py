@@ -248,10 +248,11 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Largest shared memory of each, C = 512: 66 KiB in float32; in half precision 49, 66 and 192 KiB
-# forward, 96 and 128 KiB backward. Devices of compute capability 8.6, 8.9 and 12.0 have 99 KiB.
+# Largest shared memory of each, C = 512: 66 KiB in float32; in half precision 49, 66, 192 and (for
+# tensor memory) 161 KiB forward, 96 and 128 KiB backward. Capabilities 8.6, 8.9, 12.0 have 99 KiB.
 _EXACT = Tile(16, 16, 4, 1)
-_NARROW, _COMMON, _WIDE = Tile(16, 32, 4, 2), Tile(32, 32, 8, 2), Tile(64, 64, 8, 2)
+_NARROW, _COMMON = Tile(16, 32, 4, 2), Tile(32, 32, 8, 2)
+_WIDE, _WIDE_TENSOR = Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)
 _BACK_EXACT, _BACK_COMMON, _BACK_WIDE = Tile(16, 16, 8, 1), Tile(32, 16, 8, 1), Tile(32, 32, 8, 1)
 
 
@@ -362,7 +363,9 @@ def _tiles(device: Any, dtype: torch.dtype, heads: int, few: bool) -> tuple[Tile
         return _NARROW, back._replace(heads=16)
     if few:
         return _NARROW, back
-    return (_WIDE if roomy and heads > 32 else _COMMON), back
+    if not roomy or heads <= 32:
+        return _COMMON, back
+    return (_WIDE if device.major < 10 else _WIDE_TENSOR), back
 
 
 def dot_dtype(x: torch.Tensor) -> Any:
@@ -435,8 +438,8 @@ class _Attend(torch.autograd.Function):
         )  # fmt: skip
         weight = torch.exp2((sinks * _LOG2_E).clamp(-1e38, 3e38) - lse)
         dsinks = -(weight * delta).sum((0, 1))
-        dentries = dentries.to(entries.dtype) if some else None
-        return dq, dkeys.to(keys.dtype), dentries, dsinks, None, None, None, None
+        found = dentries.to(entries.dtype) if some else None
+        return dq, dkeys.to(keys.dtype), found, dsinks, None, None, None, None
 
 
 def _launch_forward(

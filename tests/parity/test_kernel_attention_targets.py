@@ -84,7 +84,7 @@ for name, capability in CASES:
 
 CASES = [
     ("forward_COMMON", 80), ("forward_COMMON", 89), ("forward_COMMON", 120),
-    ("forward_WIDE", 90), ("forward_WIDE", 100), ("forward_NARROW", 90),
+    ("forward_WIDE", 90), ("forward_WIDE_TENSOR", 100), ("forward_NARROW", 90),
     ("backward_BACK_COMMON", 89), ("backward_BACK_WIDE", 90),
     ("score", 80), ("score", 90), ("select", 90),
 ]  # fmt: skip

@@ -29,6 +29,7 @@ from .cache import LayerCache
 from .compressor import Compressor
 from .configuration_dsv4 import Dsv4Config
 from .indexer import Indexer, Selection, visible
+from .kernel_choice import use_triton
 from .layers import RMSNorm
 from .precision import Float32Parameters
 from .rotary import norm_rotate, rotate, rotation
@@ -134,9 +135,7 @@ class Dsv4Attention(Float32Parameters):
                 hidden_states, q_latent, shared.index_keys, turn, segments, before
             )
             shared = Shared(shared.entries, shared.index_keys, *chosen)
-        out = self._attend(q, k, segments, shared, cache)
-        # Values were rotated as keys; turning back at the query makes their part relative too.
-        out = rotate(out, turn[:, :, None], inverse=True, kernels=self.kernels)
+        out = self._attend(q, k, segments, shared, cache, turn)
         out = self.o_a_proj(out.flatten(2).unflatten(-1, (self.groups, -1)))
         return self.o_b_proj(out.flatten(2)), shared
 
@@ -167,6 +166,7 @@ class Dsv4Attention(Float32Parameters):
         segments: Segments,
         shared: Shared,
         cache: LayerCache | None,
+        turn: torch.Tensor,
     ) -> torch.Tensor:
         w, state = self.config.sliding_window, segments.state
         past = 0
@@ -178,14 +178,16 @@ class Dsv4Attention(Float32Parameters):
             cache.window.write(k, segments)
             k = keys
         # Key x stands at row index seen + x - past.
-        first = (segments.start - state.seen[:, None] + past)[..., None]  # [B, S, 1]
+        first = segments.start - state.seen[:, None] + past  # [B, S]
         entries, ids = self._readable(shared)
+        if use_triton(self.kernels, q):
+            return self._attend_by_kernel(q, k, entries, ids, first, segments, turn)
         out = []
         for part in self._blocks(q, entries, ids):
             low = max(part.start + past - w + 1, 0)
             x = torch.arange(low, min(part.stop + past, k.shape[1]), device=k.device)
             at = torch.arange(part.start, part.stop, device=k.device)[:, None] + past
-            keep = (x <= at) & (x > at - w) & (x >= first[:, part])
+            keep = (x <= at) & (x > at - w) & (x >= first[:, part, None])
             some, some_keep = self._entries_of(entries, ids, segments, part)
             near = k[:, low : low + x.shape[0]]
             out.append(
@@ -193,7 +195,28 @@ class Dsv4Attention(Float32Parameters):
                     q[:, part], near, keep, some, some_keep, self.sinks, self.scaling
                 )
             )
-        return torch.cat(out, dim=1)
+        # Values were rotated as keys; turning back at the query makes their part relative too.
+        return rotate(torch.cat(out, dim=1), turn[:, :, None], inverse=True, kernels=self.kernels)
+
+    def _attend_by_kernel(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        entries: torch.Tensor | None,
+        ids: torch.Tensor | None,
+        first: torch.Tensor,
+        segments: Segments,
+        turn: torch.Tensor,
+    ) -> torch.Tensor:
+        from .kernels.attention import Reads, attend
+
+        begin = end = None
+        if entries is not None and ids is None:
+            windows = segments.windows(self.ratio)
+            begin, end = windows.upto - windows.own, windows.upto
+        past = k.shape[1] - q.shape[1]
+        reads = Reads(first, ids, begin, end, past, self.config.sliding_window)
+        return attend(q, k, entries, self.sinks, self.scaling, reads, turn)
 
     def _readable(self, shared: Shared) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Entries this layer may read, and which of them each query chose (None: all it sees)."""

@@ -22,6 +22,7 @@ from . import ops
 from .cache import LayerCache
 from .compressor import Compressor
 from .configuration_dsv4 import Dsv4Config
+from .kernel_choice import use_triton
 from .layers import RMSNorm
 from .rotary import rotate, rotation
 from .segments import Segments, Windows
@@ -36,6 +37,8 @@ _BLOCK_QUERIES = 256
 # Logits of one tile of keys, all heads, may take so many (4 MiB: what a core's cache holds).
 _TILE_NUMBERS = {"cpu": 1 << 20}
 _DEVICE_TILE_NUMBERS = 1 << 26
+# Index queries of so many tokens exist at once where a kernel chooses (64 MiB in V4-Flash).
+_KERNEL_TOKENS = 4096
 
 
 class Selection(NamedTuple):
@@ -113,6 +116,10 @@ class Indexer(nn.Module):
         k = min(self.config.index_topk, entries)
         if entries == k and not narrows and before.candidates is None:
             return Selection(None)
+        if use_triton(self.kernels, keys):
+            keep = self.config.candidate_topk_blocks if narrows else 0
+            asks = (hidden_states, q_latent, turn)
+            return self._choose_by_kernel(asks, keys, windows, k, before.candidates, keep)
         width = entries if before.candidates is None else self._entries_inside(before.candidates)
         ids, blocks = [], []
         for span in _spans(windows, b, width):
@@ -127,6 +134,33 @@ class Indexer(nn.Module):
             ids.append(_best(scores, k, span.low))
         candidates = torch.cat(blocks, 1) if blocks else before.candidates
         return Selection(torch.cat(ids, 1), candidates)
+
+    def _choose_by_kernel(
+        self,
+        asks: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        keys: torch.Tensor,
+        windows: Windows,
+        k: int,
+        candidates: torch.Tensor | None,
+        keep: int,
+    ) -> Selection:
+        from .kernels.indexer import choose
+
+        first, ids, blocks = windows.upto - windows.own, [], []
+        # A source of candidates chooses its own entries among all.
+        inside = None if keep else candidates
+        for at in range(0, first.shape[1], _KERNEL_TOKENS):
+            part = slice(at, at + _KERNEL_TOKENS)
+            query, weight = self._queries(*asks, part)
+            chosen, kept = choose(
+                query, keys, weight, first[:, part], windows.own[:, part], k,
+                candidates=None if inside is None else inside[:, part],
+                group=self.config.candidate_block_size, keep=keep,
+            )  # fmt: skip
+            ids.append(chosen)
+            blocks.append(kept)
+        kept_all = [x for x in blocks if x is not None]
+        return Selection(torch.cat(ids, 1), torch.cat(kept_all, 1) if kept_all else candidates)
 
     def _queries(
         self, x: torch.Tensor, q_latent: torch.Tensor, turn: torch.Tensor, part: slice

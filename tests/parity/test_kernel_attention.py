@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention's Triton twin against its reference: outputs and every gradient.
+
+On a CPU Triton's interpreter runs it, at sizes that show every mask; on a GPU (`-m gpu`) it runs at
+the model's, in float32 and bfloat16.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from modeling_dsv4 import Dsv4ForCausalLM, ops
+from modeling_dsv4.attention import Dsv4Attention
+from modeling_dsv4.indexer import Indexer
+from modeling_dsv4.rotary import rotate
+
+attention = pytest.importorskip("modeling_dsv4.kernels.attention")
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="uses the GPU")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+# Relative to the largest number of each tensor. Half precision rounds probabilities, their
+# gradients and the result, each to 2^-9 of itself; float32 sums in another order.
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is NaN, so that an element nobody writes shows."""
+    for name in ("empty_like", "empty"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, plain=plain, **k: _nan(plain(*a, **k)))
+
+
+def _nan(x: torch.Tensor) -> torch.Tensor:
+    return x.fill_(torch.nan if x.is_floating_point() else 0)
+
+
+class Case(NamedTuple):
+    """Leaves q, keys, sinks and entries (if any), and what is read of them."""
+
+    leaves: list[torch.Tensor]
+    reads: Any
+    turn: torch.Tensor | None
+
+
+def _case(
+    mode: str, sizes: tuple[int, ...], dtype: torch.dtype, device: str, past: int = 0
+) -> Case:
+    """Random inputs; documents begin anywhere up to the query, some ids name nothing."""
+    b, s, h, c, window, t, k, r = sizes
+    leaves = [torch.randn(b, s, h, c), torch.randn(b, past + s, c), torch.randn(h)]
+    at = torch.arange(s) + past
+    first = (torch.rand(b, s) * (at + 3)).long().minimum(at) - 2
+    ids = begin = end = None
+    if mode != "window":
+        leaves.append(torch.randn(b, t, c))
+    if mode == "ids":
+        ids = torch.rand(b, s, t).argsort(-1)[..., :k]
+        ids = torch.where(torch.rand(ids.shape) < 0.3, -1, ids).to(torch.int32)
+        # A query that chose nothing, and one that chose everything it could.
+        ids[0, 0], ids[-1, -1] = -1, torch.arange(k, dtype=torch.int32)
+    elif mode == "range":
+        begin = torch.randint(0, t, (b, s))
+        end = torch.maximum(begin, torch.randint(0, t + 1, (b, s)))
+        end[0, 0] = begin[0, 0]
+    turn = torch.polar(torch.ones(b, s, r // 2), torch.randn(b, s, r // 2)) if r else None
+    made = [x if x.dim() == 1 else x.to(dtype) for x in leaves]
+    some = [None if x is None else x.to(device) for x in (first, ids, begin, end)]
+    reads = attention.Reads(*some, past, window)
+    where = None if turn is None else turn.to(device)
+    return Case([x.to(device).requires_grad_() for x in made], reads, where)
+
+
+def _reference(case: Case, leaves: list[torch.Tensor]) -> torch.Tensor:
+    q, keys, sinks, *rest = leaves
+    reads, entries, keep = case.reads, None, None
+    x = torch.arange(keys.shape[1], device=q.device)
+    at = torch.arange(q.shape[1], device=q.device)[:, None] + reads.past
+    near = (x <= at) & (x > at - reads.window) & (x >= reads.first[..., None])
+    if reads.ids is not None:
+        entries, keep = ops.gather_entries(rest[0], reads.ids), reads.ids >= 0
+    elif rest:
+        entries, e = rest[0], torch.arange(rest[0].shape[1], device=q.device)
+        keep = (e >= reads.begin[..., None]) & (e < reads.end[..., None])
+    out = ops.sink_attention(q, keys, near, entries, keep, sinks, q.shape[-1] ** -0.5)
+    return out if case.turn is None else rotate(out, case.turn.conj()[:, :, None])
+
+
+def _kernel(case: Case, leaves: list[torch.Tensor], **sizes: Any) -> torch.Tensor:
+    q, keys, sinks, *rest = leaves
+    entries = rest[0] if rest else None
+    scale = q.shape[-1] ** -0.5
+    return attention.attend(q, keys, entries, sinks, scale, case.reads, case.turn, **sizes)
+
+
+def _agree(case: Case, **sizes: Any) -> None:
+    """Compare outputs and gradients, against the reference in float32 of the same numbers."""
+    wide = [x.detach().float().requires_grad_() for x in case.leaves]
+    found, expected = _kernel(case, case.leaves, **sizes), _reference(case, wide)
+    grad = torch.randn_like(found)
+    grads = torch.autograd.grad(found, case.leaves, grad)
+    wanted = torch.autograd.grad(expected, wide, grad.float())
+    near = NEAR[case.leaves[0].dtype]
+    for one, other in zip((found, *grads), (expected, *wanted), strict=True):
+        assert one.shape == other.shape
+        largest = other.detach().abs().max().item()
+        torch.testing.assert_close(one.float(), other, atol=near * largest, rtol=0)
+
+
+# B, S, H, C, window, T, K, R. Heads, keys and ids that fill no block; channels that are no power
+# of two; with R = 0 the output is not turned.
+SMALL = [(2, 4, 5, 24, 20, 37, 19, 8), (1, 3, 17, 16, 3, 5, 3, 0)]
+# Those of V4-Flash, few and odd numbers of queries.
+LARGE = [(2, 133, 64, 512, 128, 2000, 512, 64), (1, 70, 128, 512, 128, 300, 77, 64)]
+
+
+def _sizes(device: str) -> list[tuple[int, ...]]:
+    return LARGE if device == "cuda" else SMALL
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["window", "ids", "range"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_attention_agrees_forward_and_backward(device: str, mode: str, which: int) -> None:
+    _agree(_case(mode, _sizes(device)[which], torch.float32, device, past=7 * which))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["ids", "range"])
+def test_half_precision_agrees_with_float32(device: str, mode: str) -> None:
+    _agree(_case(mode, _sizes(device)[0], torch.bfloat16, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["ids", "range"])
+@pytest.mark.parametrize("splits", [2, 5])
+def test_keys_that_are_split_give_the_same(device: str, mode: str, splits: int) -> None:
+    b, _, h, c, window, t, k, r = _sizes(device)[0]
+    case = _case(mode, (b, 2, h, c, window, t, k, r), torch.float32, device, past=33)
+    _agree(case, splits=splits)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strides_do_not_matter(device: str) -> None:
+    case = _case("ids", _sizes(device)[1], torch.float32, device)
+    strided = [
+        x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for x in case.leaves
+    ]
+    ids = case.reads.ids.repeat_interleave(2, -1)[..., ::2]
+    turn = None if case.turn is None else case.turn.conj().resolve_conj().conj()
+    _agree(Case(strided, case.reads._replace(ids=ids), turn))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_query_and_no_entry_are_fine(device: str) -> None:
+    b, _, h, c, window, t, k, r = _sizes(device)[0]
+    nothing = _case("window", (b, 0, h, c, window, t, k, r), torch.float32, device)
+    assert _kernel(nothing, nothing.leaves).shape == (b, 0, h, c)
+    bare = _case("ids", (b, 3, h, c, window, t, k, r), torch.float32, device)
+    q, keys, sinks, entries = bare.leaves
+    reads = bare.reads._replace(ids=bare.reads.ids[..., :0])
+    alone = Case([q, keys, sinks], bare.reads._replace(ids=None), bare.turn)
+    expected = _reference(alone, alone.leaves)
+    for some, what in ((entries, reads), (entries[:, :0], bare.reads)):
+        found = attention.attend(q, keys, some, sinks, c**-0.5, what, bare.turn)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_an_infinite_sink_takes_all_or_nothing(device: str, splits: int) -> None:
+    case = _case("ids", _sizes(device)[1], torch.float32, device)
+    q, keys, sinks, entries = case.leaves
+    with torch.no_grad():
+        sinks[0], sinks[1] = torch.inf, -torch.inf
+    out = _kernel(case, case.leaves, splits=splits)
+    assert not out[:, :, 0].any()
+    torch.testing.assert_close(out, _reference(case, case.leaves), atol=1e-5, rtol=1e-5)
+    for grad in torch.autograd.grad(out.sum(), (q, keys, sinks, entries)):
+        assert bool(grad.isfinite().all())
+
+
+# --- inside the model -----------------------------------------------------------------------------
+
+Make = Callable[..., Dsv4ForCausalLM]
+
+
+def _by_kernel(model: Dsv4ForCausalLM) -> None:
+    """Attention and indexers alone, so that other twins stay out of the comparison."""
+    for module in model.modules():
+        if isinstance(module, Dsv4Attention | Indexer):
+            module.kernels = "triton"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["v4", "v41"])
+def test_a_model_says_the_same_in_documents_and_chunks(tiny: Make, kind: str, device: str) -> None:
+    layers = {"num_hidden_layers": 2, "compress_ratios": [4, 8]} if kind == "v4" else {}
+    plain, fast = (tiny(kind, **layers).to(device) for _ in range(2))
+    _by_kernel(fast)
+    # Each sees more entries than it may choose, in both documents of v41.
+    s, cut = {"v4": (25, 23), "v41": (11, 9)}[kind]
+    ids = torch.randint(0, 64, (1, s), device=device)
+    position = torch.cat((torch.arange(3), torch.arange(s - 3)))[None].to(device)
+    with torch.no_grad():
+        expected = plain(ids, position_ids=position).logits
+        first = fast(ids[:, :cut], position_ids=position[:, :cut], use_cache=True)
+        again = fast(ids[:, cut:], past_key_values=first.past_key_values).logits
+    found = torch.cat((first.logits, again), 1)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_trains_the_same(tiny: Make, device: str) -> None:
+    ids = torch.randint(0, 64, (1, 11), device=device)
+    grads = []
+    for by_kernel in (False, True):
+        model = tiny("v4", num_hidden_layers=2, compress_ratios=[2, 8], compressor_overlap_ratio=2)
+        if by_kernel:
+            _by_kernel(model)
+        model.to(device)(ids, labels=ids).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=2e-5, rtol=1e-3, msg=name)

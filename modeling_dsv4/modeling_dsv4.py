@@ -30,6 +30,7 @@ from .engram import lookup_rows
 from .engram_hash import EngramHash
 from .hyper_connection import HyperHead, first_pre
 from .initialization import init_weights
+from .kernel_choice import set_kernels
 from .layers import RMSNorm
 from .loading import PretrainedLoading
 from .precision import FLOAT32_NAMES
@@ -77,15 +78,14 @@ class Dsv4PreTrainedModel(PretrainedLoading, PreTrainedModel):
         set_simulation(self, self.config, mode)
 
     def set_kernels(self, kernels: str) -> None:
-        """Choose what computes: "torch", or "auto", which in this version is the same.
+        """Choose what computes: "torch", "triton", or "auto", Triton where it can run.
+
+        A run-time switch, not saved; see `kernel_choice.py`.
 
         Raises:
-            ValueError: "triton", whose kernels this version does not have, or an unknown name.
+            ValueError: an unknown name, or "triton" where it is not installed.
         """
-        if kernels not in ("auto", "torch"):
-            raise ValueError(
-                f"kernels: wanted auto or torch, got {kernels!r}; this version has no other"
-            )
+        set_kernels(self, kernels)
 
 
 class Dsv4Model(Dsv4PreTrainedModel):

@@ -86,9 +86,3 @@ def test_an_infinite_sink_takes_all_or_nothing(sink: float) -> None:
         z = torch.einsum("bshc,btc->bhst", q, k) * 0.5
         p = z.masked_fill(~keep[:, None], -torch.inf).softmax(-1)
         torch.testing.assert_close(out, torch.einsum("bhst,btc->bshc", p, k))
-
-
-def test_kernels_that_do_not_exist_are_refused(model: Dsv4ForCausalLM) -> None:
-    model.set_kernels("auto")
-    with pytest.raises(ValueError, match="auto or torch"):
-        model.set_kernels("triton")

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this GPU can do at best, measured in the same run as the kernels that are held to it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass
+class Limits:
+    """Ceilings of one GPU: bytes a second of a copy (read + written), bf16 multiply-adds x 2."""
+
+    copy: float
+    matmul: float
+    device: str
+
+    @classmethod
+    def measure(cls) -> Limits:
+        return cls(copy_bandwidth(), matmul_rate(), torch.cuda.get_device_name())
+
+    def floor_us(self, moved: float, flops: float = 0.0) -> float:
+        """The least microseconds for so many bytes and operations, whichever takes longer."""
+        return 1e6 * max(moved / self.copy, flops / self.matmul)
+
+
+@dataclass
+class Row:
+    """One measurement: `bytes` and `flops` no kernel can do without; times in microseconds."""
+
+    op: str
+    shape: str
+    bytes: float
+    flops: float
+    floor_us: float
+    us: float
+    torch_us: float | None = None
+    note: str = ""
+    share: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.share = self.floor_us / self.us
+
+
+def require_gpu() -> None:
+    """Exit 1 with one line where no GPU is."""
+    if not torch.cuda.is_available():
+        print(f"{Path(sys.argv[0]).name}: wanted a GPU, found none; run it where one is",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(1)
+
+
+def time_us(fn: Callable[[], object], runs: int = 20, warm: int = 3) -> float:
+    """Median microseconds on the GPU, the L2 cache overwritten before each run.
+
+    The GPU is kept waiting first, so that the time of launching from Python does not count.
+    """
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    for _ in range(warm):
+        fn()
+    pairs = []
+    for _ in range(runs):
+        flush.zero_()
+        torch.cuda._sleep(1_000_000)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        fn()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    times = sorted(start.elapsed_time(end) for start, end in pairs)
+    return 1e3 * times[len(times) // 2]
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a large device-to-device copy, read and written."""
+    x = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.numel() / (time_us(lambda: y.copy_(x)) * 1e-6)
+
+
+def matmul_rate(size: int = 8192) -> float:
+    """Operations a second of a square bf16 product."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return 2 * size**3 / (time_us(lambda: a @ b) * 1e-6)
+
+
+def table(rows: Sequence[Row], title: str = "") -> None:
+    """Print one line per measurement."""
+    shown = Table(title=title, box=box.SIMPLE)
+    shown.add_column("op", no_wrap=True)
+    shown.add_column("shape", no_wrap=True)
+    for name in ("MB", "GFLOP", "floor us", "us", "of floor", "torch us", "faster"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("note")
+    for r in rows:
+        theirs = "-" if r.torch_us is None else f"{r.torch_us:.0f}"
+        faster = "-" if r.torch_us is None else f"{r.torch_us / r.us:.1f}x"
+        shown.add_row(
+            r.op, r.shape, f"{r.bytes / 1e6:.1f}", f"{r.flops / 1e9:.1f}", f"{r.floor_us:.1f}",
+            f"{r.us:.1f}", f"{r.share:.0%}", theirs, faster, r.note,
+        )  # fmt: skip
+    Console(width=160).print(shown)
+
+
+def write(path: Path | None, limits: Limits, rows: Sequence[Row]) -> None:
+    """Write limits and measurements as JSON, where a path is given."""
+    if path is not None:
+        found = {"limits": asdict(limits), "rows": [asdict(r) for r in rows]}
+        path.write_text(json.dumps(found, indent=1) + "\n")

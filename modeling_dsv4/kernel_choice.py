@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which twin computes: the torch references and their CPU twins, or Triton's kernels.
+
+The choice is an argument that every dispatching function takes (`kernels=`); modules keep it as
+their attribute `kernels`, which `model.set_kernels` writes. Nothing here imports triton.
+"""
+
+import os
+import sys
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+MODES = ("auto", "torch", "triton")
+
+
+def use_triton(mode: str, x: torch.Tensor) -> bool:
+    """Whether a Triton kernel computes on `x`.
+
+    Args:
+        mode: "auto" takes Triton where `x` is on a GPU and both triton and the kernels are
+            there; "torch" never; "triton" always.
+        x: the tensor that decides.
+
+    Raises:
+        ValueError: an unknown mode, or "triton" where it cannot run. On a CPU it runs in Triton's
+            interpreter alone, which the environment variable TRITON_INTERPRET=1 switches on.
+    """
+    check_mode(mode)
+    if mode == "torch" or (mode == "auto" and not x.is_cuda):
+        return False
+    there = _importable("triton") and _importable(f"{__package__}.kernels")
+    if mode == "auto":
+        return there and x.dtype is not torch.float64
+    if not there:
+        raise ValueError(
+            "kernels: wanted 'triton', but it cannot be imported here; install dsv4[kernels], or "
+            "call set_kernels('auto')"
+        )
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"kernels: wanted 'triton' for a tensor on {x.device}, which has no Triton kernels; "
+            "move the model to a GPU, or call set_kernels('auto')"
+        )
+    return True
+
+
+def check_mode(mode: str) -> None:
+    """Refuse a name that is not one of MODES."""
+    if mode not in MODES:
+        raise ValueError(f"kernels: wanted one of {', '.join(MODES)}, got {mode!r}")
+
+
+def set_kernels(model: nn.Module, mode: str) -> None:
+    """Write the mode to every module that dispatches; nothing is saved."""
+    check_mode(mode)
+    if mode == "triton" and not _importable("triton"):
+        raise ValueError(
+            "kernels: wanted 'triton', but it is not installed; install dsv4[kernels], or call "
+            "set_kernels('auto')"
+        )
+    for module in model.modules():
+        if hasattr(module, "kernels"):
+            module.__dict__["kernels"] = mode
+
+
+def _importable(name: str) -> bool:
+    return name in sys.modules or find_spec(name) is not None

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton twins of the operations; each module is imported when its first kernel is chosen."""

@@ -85,18 +85,35 @@ class ExpertsBase(nn.Module):
         self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor | None:
         """The same by Triton kernels, or None where they do not compute this."""
-        if self.round_input is not None or not use_triton(self.kernels, x):
-            return None
-        stacked = self.stacked()
+        stacked = self._for_kernels(x)
         if stacked is None:
             return None
         from .kernels import experts
 
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if not experts.covers(x, *stacked):
-            return None
         return experts.run(x, index, weights, *stacked, self.swiglu_limit)
+
+    def grouped(self, x: torch.Tensor, index: torch.Tensor) -> tuple[Linear, Linear] | None:
+        """Both projections of sorted rows by kernels, or None where they do not compute this.
+
+        Args:
+            x: [M, D], the rows of `ops.group_by_expert`; the products take rows in that order.
+            index: [n, K], what was sorted.
+        """
+        stacked = self._for_kernels(x)
+        if stacked is None:
+            return None
+        from .kernels import experts
+
+        return experts.grouped(index, *stacked)
+
+    def _for_kernels(self, x: torch.Tensor) -> tuple[StackedWeight, StackedWeight] | None:
+        """Both weights, if kernels compute with them and with x."""
+        if self.round_input is not None or not use_triton(self.kernels, x):
+            return None
+        from .kernels import experts
+
+        stacked = self.stacked()
+        return stacked if stacked is not None and experts.covers(x, *stacked) else None
 
     def _one_by_one(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

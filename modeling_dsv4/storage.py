@@ -173,8 +173,6 @@ class _Fp8Blocks(FrozenStorage):
             return None
         from .kernels import experts
 
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
         if not experts.covers_linear(x, self.parts(), self.format, groups or 1):
             return None
         tail = x.shape[-1:] if groups is None else x.shape[-2:]

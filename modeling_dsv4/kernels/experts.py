@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ..formats import WeightFormat
-from ..moe import StackedWeight
+from ..moe import Linear, StackedWeight
 from . import expert_gemm, expert_gemv
 from .unpack import FP4, FP8, PLAIN
 
@@ -80,6 +80,7 @@ class Plan(NamedTuple):
 
 def covers(x: torch.Tensor, *weights: StackedWeight) -> bool:
     """Whether the kernels compute this: dtypes, formats, layout, and no gradient for weights."""
+    x = _in_autocast(x)
     return x.dtype in (torch.bfloat16, torch.float32) and all(_covered(x, w) for w in weights)
 
 
@@ -119,6 +120,12 @@ def _number_type(x: torch.Tensor) -> dict[str, Any]:
     """What products are computed in: bfloat16 stays, but for the interpreter, which has none."""
     half = x.dtype is torch.bfloat16 and x.is_cuda
     return {"DTYPE": tl.bfloat16 if half else tl.float32, "ASM": half}
+
+
+def _in_autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that products work in: autocast's, where it is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _limit(limit: float | None) -> tuple[float, bool]:
@@ -161,7 +168,7 @@ def linear(x: torch.Tensor, parts: dict[str, torch.Tensor], fmt: WeightFormat) -
         [n, out], or [n, G, out / G], in x's dtype; no gradient.
     """
     weight = _open(StackedWeight({k: p[None] for k, p in parts.items()}, fmt))
-    x = x.contiguous()
+    x = _in_autocast(x).contiguous()
     groups = x.shape[1] if x.dim() == 3 else 1
     y = x.new_empty(x.shape[0], weight.rows)
     tile = GEMV_TILES["linear"]
@@ -279,6 +286,53 @@ class _Experts(torch.autograd.Function):
         return dx, dweight, None, None, None, None
 
 
+class _Grouped(torch.autograd.Function):
+    """Sorted rows [M, in] through their expert's matrix: [M, out], differentiable in x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, plan: Plan, weight: Weight, half: int) -> torch.Tensor:
+        y = x.new_empty(len(x), weight.rows)
+        expert_gemm.linear_gemm[plan.grid(weight.rows, "forward", "BLOCK_N")](
+            _split(x, weight), plan.order, plan.tiles, weight.codes, weight.scale, y,
+            len(weight.codes), weight.rows, weight.width, weight.scale_columns, *weight.strides,
+            half, weight.columns,
+            SCATTER=False, **weight.fixed, **plan.blocks("forward"), **_number_type(x),
+        )  # fmt: skip
+        ctx.plan, ctx.weight, ctx.half = plan, weight, half
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        plan, weight = ctx.plan, ctx.weight
+        dx = grad.new_empty(len(grad), weight.columns)
+        expert_gemm.input_grad_gemm[plan.grid(weight.width, "backward", "BLOCK_K")](
+            grad.contiguous(), plan.order, plan.tiles, weight.codes, weight.scale, dx,
+            len(weight.codes), weight.rows, weight.width, weight.scale_columns, *weight.strides,
+            ctx.half, weight.rows, weight.columns,
+            TOP_K=0, HALVES=1, SPLIT_ROWS=False, SCATTER=False,
+            **weight.fixed, **plan.blocks("backward"), **_number_type(grad),
+        )  # fmt: skip
+        return _unsplit(dx, weight), None, None, None
+
+
+def grouped(
+    index: torch.Tensor, gate_up: StackedWeight, down: StackedWeight
+) -> tuple[Linear, Linear]:
+    """The two projections of rows sorted by expert: [M, D] -> [M, 2F] and [M, F] -> [M, D].
+
+    Args:
+        index: [n, K] ids that the rows were sorted by, not empty.
+        gate_up: [E, 2F, D], w1 then w3.
+        down: [E, D, F].
+    """
+    plan = _plan(index, len(gate_up.parts[""]))
+    first, second = _open(gate_up), _open(down)
+    return (
+        lambda x: _Grouped.apply(_in_autocast(x), plan, first, first.rows // 2),
+        lambda x: _Grouped.apply(_in_autocast(x), plan, second, second.rows),
+    )
+
+
 def run(
     x: torch.Tensor,
     index: torch.Tensor,
@@ -301,7 +355,7 @@ def run(
     """
     if not index.numel():
         return torch.zeros_like(x, dtype=torch.float32)
-    index, routing = index.contiguous(), routing.float().contiguous()
+    x, index, routing = _in_autocast(x), index.contiguous(), routing.float().contiguous()
     learns = torch.is_grad_enabled() and (x.requires_grad or routing.requires_grad)
     first, second = _open(gate_up), _open(down)
     if len(x) <= DECODE_ROWS and not learns:

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
-from modeling_dsv4 import Dsv4ForCausalLM
+from finetune.layers import LoraExperts
+from modeling_dsv4 import Dsv4ForCausalLM, ops
 from modeling_dsv4.formats import get_format
 from modeling_dsv4.moe import Dsv4Experts, ExpertsBase
 from modeling_dsv4.storage import Fp8GroupedLinear, Fp8Linear, PackedExperts
@@ -116,8 +118,8 @@ class Inputs(NamedTuple):
 
 
 def _inputs(n: int, sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
-    """Columns of a wider tensor, so that rows are not contiguous; one expert gets no token."""
-    x = (torch.randn(n, sizes.d + 3) * 0.3).to(device, dtype)[:, 1:-2]
+    """Part of a larger tensor, contiguous in no direction; one expert gets no token."""
+    x = (torch.randn(n, sizes.d + 3, 2) * 0.3).to(device, dtype)[:, 1:-2, 0]
     index = torch.rand(n, sizes.e - 1).argsort(-1)[:, : sizes.k] + 1
     return Inputs(x, index.to(device), torch.rand(n, sizes.k, device=device))
 
@@ -273,6 +275,61 @@ def test_what_no_kernel_computes_stays_with_the_reference(by_kernels: list[str])
     assert by_kernels == []
     learning(*given).sum().backward()
     assert learning.down_proj.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+def test_autocast_chooses_what_the_products_work_in(by_kernels: list[str]) -> None:
+    sizes = SIZES["cpu"]
+    module, linear = _make("plain", sizes, 1.0, torch.bfloat16), Fp8Linear(40, 8, 32)
+    _random_bytes(linear)
+    module.kernels = linear.kernels = "triton"
+    given = _inputs(2, sizes, torch.float32, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        module(*given)
+        assert linear(given.x).dtype is torch.bfloat16
+    assert by_kernels == ["run", "linear"]
+
+
+# --- products with something between them, as adapters need -------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["fp4", "fp8_block32"])
+def test_grouped_products_and_their_gradients_equal_the_reference(kind: str, device: str) -> None:
+    sizes = SIZES[device]
+    module = _make(kind, sizes, 1.0, torch.float32).to(device)
+    given = _inputs(17, sizes, torch.float32, device)
+    rows = ops.group_by_expert(given.index, sizes.e)
+    module.kernels = "triton"
+    for product, width in zip((0, 1), (sizes.d, sizes.f), strict=True):
+        x = torch.randn(len(rows.token), width, device=device, requires_grad=True)
+        found = module.grouped(given.x[rows.token], given.index)[product](x)
+        parts = x.split(rows.counts)
+        expected = torch.cat([module.open_expert(e)[product](part) for e, part in enumerate(parts)])
+        grad = torch.randn_like(expected)
+        (dx,), (dx_ref,) = (torch.autograd.grad(y, x, grad) for y in (found, expected))
+        for a, b in ((found, expected), (dx, dx_ref)):
+            assert (a - b).abs().max() <= NEAR[x.dtype] * b.abs().max()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_adapters_beside_packed_experts_equal_those_beside_the_reference(device: str) -> None:
+    sizes = SIZES[device]
+    base = _make("fp4", sizes, 1.0, torch.float32)
+    layer = LoraExperts(base, "a", LoraConfig(init_lora_weights=False), 2, 4)
+    layer.to(device)
+    given = _inputs(5, sizes, torch.float32, device)
+    results = []
+    for mode in ("triton", "torch"):
+        base.kernels = mode
+        layer.zero_grad()
+        out = layer(*given)
+        out.square().mean().backward()
+        grads = [p.grad.clone() for p in layer.parameters() if p.requires_grad]
+        results.append([out.detach(), *grads])
+    assert len(results[0]) == 5
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= NEAR[torch.float32] * b.abs().max()
 
 
 # --- dense weights in FP8 blocks ----------------------------------------------------------------

@@ -293,6 +293,10 @@ class LoraExperts(BesideLora):
             h = _sum(ops.grouped_linear(x, base.gate_up_proj, rows.counts), first)
             u = ops.swiglu(h, base.swiglu_limit, weights)
             y = ops.grouped_linear(u, base.down_proj, rows.counts)
+        elif len(x) and (by_kernels := base.grouped(x, top_k_index)) is not None:
+            gate_up, down = by_kernels
+            u = ops.swiglu(_sum(gate_up(x), first), base.swiglu_limit, weights)
+            y = down(u)
         else:
             u, y = _run_frozen(base, x, first, weights, rows.counts)
         second = self._low_ranks(u, rows.counts, active, self.lora_down_A, self.lora_down_B)

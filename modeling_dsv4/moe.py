@@ -6,7 +6,8 @@ Unusual here: scores are `sqrt(softplus(logits))`, the bias only selects, the ro
 experts by token id instead of by score.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,23 @@ from torch import nn
 
 from . import ops
 from .configuration_dsv4 import Dsv4Config
+from .formats import WeightFormat
+from .kernel_choice import use_triton
 from .precision import Float32Parameters
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+class StackedWeight(NamedTuple):
+    """One projection of all experts: parts [E, rows, ...] of a format, or plain without one."""
+
+    parts: Mapping[str, torch.Tensor]
+    format: WeightFormat | None
+
+    @property
+    def rows(self) -> int:
+        """Outputs of one expert."""
+        return self.parts[""].shape[1]
 
 
 class ExpertsBase(nn.Module):
@@ -35,6 +50,11 @@ class ExpertsBase(nn.Module):
         self.intermediate_size = intermediate_size
         self.swiglu_limit = swiglu_limit
         self.round_input: Linear | None = None  # see simulation.py
+        self.kernels = "auto"  # see kernel_choice.py
+
+    def stacked(self) -> tuple[StackedWeight, StackedWeight] | None:
+        """All experts' gate_up [E, 2F, D] and down [E, D, F] where both are in memory, or None."""
+        return None
 
     def open_expert(self, expert: int) -> tuple[Linear, Linear]:
         """Return the two projections of one expert: [M, D] -> [M, 2F] and [M, F] -> [M, D]."""
@@ -56,6 +76,49 @@ class ExpertsBase(nn.Module):
         Returns:
             [n, D] float32; the caller rounds once, after adding the shared expert.
         """
+        found = self._by_kernel(hidden_states, top_k_index, top_k_weights)
+        if found is not None:
+            return found
+        return self._one_by_one(hidden_states, top_k_index, top_k_weights)
+
+    def _by_kernel(
+        self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The same by Triton kernels, or None where they do not compute this."""
+        stacked = self._for_kernels(x)
+        if stacked is None:
+            return None
+        from .kernels import experts
+
+        return experts.run(x, index, weights, *stacked, self.swiglu_limit)
+
+    def grouped(self, x: torch.Tensor, index: torch.Tensor) -> tuple[Linear, Linear] | None:
+        """Both projections of sorted rows by kernels, or None where they do not compute this.
+
+        Args:
+            x: [M, D], the rows of `ops.group_by_expert`; the products take rows in that order.
+            index: [n, K], what was sorted.
+        """
+        stacked = self._for_kernels(x)
+        if stacked is None:
+            return None
+        from .kernels import experts
+
+        return experts.grouped(index, *stacked)
+
+    def _for_kernels(self, x: torch.Tensor) -> tuple[StackedWeight, StackedWeight] | None:
+        """Both weights, if kernels compute with them and with x."""
+        if self.round_input is not None or not use_triton(self.kernels, x):
+            return None
+        from .kernels import experts
+
+        stacked = self.stacked()
+        return stacked if stacked is not None and experts.covers(x, *stacked) else None
+
+    def _one_by_one(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The reference: each hit expert is opened once, whatever holds it."""
         rows = ops.group_by_expert(top_k_index, self.num_experts)
         x, weights = hidden_states[rows.token], top_k_weights.flatten()[rows.order]
         hit = [e for e, size in enumerate(rows.counts) if size]
@@ -94,12 +157,17 @@ class Dsv4Experts(ExpertsBase):
         gate_up, down = self.gate_up_proj[expert], self.down_proj[expert]
         return lambda x: F.linear(x, gate_up), lambda x: F.linear(x, down)
 
-    def forward(
+    def stacked(self) -> tuple[StackedWeight, StackedWeight]:
+        return StackedWeight({"": self.gate_up_proj}, None), StackedWeight(
+            {"": self.down_proj}, None
+        )
+
+    def _one_by_one(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         # Few rows: a loop of matrix-vector products reads each hit expert once and beats grouping.
         if top_k_index.numel() < 2 * self.num_experts or not ops.can_group(self.gate_up_proj):
-            return super().forward(hidden_states, top_k_index, top_k_weights)
+            return super()._one_by_one(hidden_states, top_k_index, top_k_weights)
         rows = ops.group_by_expert(top_k_index, self.num_experts)
         if not rows.token.numel():
             return super().forward(hidden_states, top_k_index, top_k_weights)

@@ -26,7 +26,8 @@ from .formats import (
     fp8_block_format,
     get_format,
 )
-from .moe import Dsv4Experts, ExpertsBase, Linear
+from .kernel_choice import use_triton
+from .moe import Dsv4Experts, ExpertsBase, Linear, StackedWeight
 from .weight_map import opaque_inventory
 
 # Bytes of weight that are wide at a time. On a CPU a tile has to be small enough for the allocator
@@ -158,12 +159,25 @@ class _Fp8Blocks(FrozenStorage):
 
     def _make_parts(self, shape: Shape, block: int) -> None:
         self.format = fp8_block_format(block)
+        self.kernels = "auto"  # see kernel_choice.py
         parts = self.format.parts(shape)
         self.weight = _frozen(*parts[""])
         self.weight_scale_inv = _frozen(*parts["_scale"])
 
     def parts(self) -> dict[str, torch.Tensor]:
         return {"": self.weight, "_scale": self.weight_scale_inv}
+
+    def _by_kernel(self, x: torch.Tensor, groups: int | None) -> torch.Tensor | None:
+        """Few rows [..., in], or [..., G, in], by a kernel; None where it does not compute this."""
+        if not use_triton(self.kernels, x):
+            return None
+        from .kernels import experts
+
+        if not experts.covers_linear(x, self.parts(), self.format, groups or 1):
+            return None
+        tail = x.shape[-1:] if groups is None else x.shape[-2:]
+        y = experts.linear(x.reshape(-1, *tail), self.parts(), self.format)
+        return y.view(*x.shape[:-1], -1)
 
     def set_weight(self, weight: torch.Tensor) -> None:
         """Round a wide weight [out, in] into place."""
@@ -203,7 +217,8 @@ class Fp8Linear(_Fp8Blocks, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.round_input is not None:
             x = self.round_input(x)
-        return packed_linear(x, self.parts(), self.format)
+        found = self._by_kernel(x, None)
+        return packed_linear(x, self.parts(), self.format) if found is None else found
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format.name}"
@@ -234,6 +249,9 @@ class Fp8GroupedLinear(_Fp8Blocks, GroupedLinear):
         return out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self._by_kernel(x, self.groups)
+        if found is not None:
+            return found
         o, parts = self.out_features // self.groups, self.parts()
 
         def tiles(group: int) -> Tiles:
@@ -325,6 +343,13 @@ class PackedExperts(FrozenStorage, ExpertsBase):
         """One expert dequantized: [2F, D] and [D, F]."""
         gate_up, down = self.expert_parts(expert)
         return self.format.unpack(gate_up, dtype).flatten(0, 1), self.format.unpack(down, dtype)
+
+    def stacked(self) -> tuple[StackedWeight, StackedWeight]:
+        gate_up, down = (
+            StackedWeight({s: getattr(self, name + s) for s in self._suffixes}, self.format)
+            for name in ("gate_up_proj", "down_proj")
+        )
+        return gate_up, down
 
     def open_expert(self, expert: int) -> tuple[Linear, Linear]:
         gate_up, down = self.expert_parts(expert)

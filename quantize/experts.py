@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from modeling_dsv4.formats import get_format
-from modeling_dsv4.moe import Dsv4Experts, ExpertsBase, Linear
+from modeling_dsv4.moe import Dsv4Experts, ExpertsBase, Linear, StackedWeight
 from modeling_dsv4.storage import frozen_linear, weight_tiles
 
 from .checksums import FILE as CHECKSUMS
@@ -93,6 +93,17 @@ class StoredExperts(ExpertsBase):
     def prepare(self, experts: list[int]) -> None:
         if self.store is not None:
             self.store.announce(self._layer, experts)
+
+    def stacked(self) -> tuple[StackedWeight, StackedWeight] | None:
+        if self.packed is None:
+            return None
+        parts = self.layout.decode(self.packed)
+        # w1 and w3 are apart in a record: [E, 2, F, ...]; the kernels count rows through both.
+        gate_up = {part: tensor.flatten(1, 2) for part, tensor in parts["gate_up_proj"].items()}
+        return (
+            StackedWeight(gate_up, get_format(self.layout.format("gate_up_proj"))),
+            StackedWeight(parts["down_proj"], get_format(self.layout.format("down_proj"))),
+        )
 
     def open_expert(self, expert: int) -> tuple[Linear, Linear]:
         # The last look at a record is the second product's going forward, the first's going back.

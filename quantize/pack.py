@@ -120,11 +120,11 @@ class RecordLayout:
         return record
 
     def decode(self, record: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
-        """View a record [nbytes] uint8 as {projection: {part: tensor}}; nothing is copied."""
+        """View records [..., nbytes] uint8 as {projection: {part: tensor}}; nothing is copied."""
         parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in PROJECTIONS}
         for f in self.fields:
-            raw = record[f.offset : f.offset + f.nbytes]
-            parts[f.projection][f.part] = raw.view(_DTYPES[f.dtype]).view(f.shape)
+            raw = record[..., f.offset : f.offset + f.nbytes]
+            parts[f.projection][f.part] = raw.view(_DTYPES[f.dtype]).unflatten(-1, f.shape)
         return parts
 
     def to_dict(self) -> dict[str, Any]:

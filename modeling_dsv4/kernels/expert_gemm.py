@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many tokens times packed experts: rows sorted by expert, weights opened in registers.
+
+    forward    h = W1 x, W3 x;  u = silu(clamp(h1)) * clamp(h3) * weight;  y = W2 u
+    backward   du = dy W2;  dh, dweight through the activation;  dx = dh [W1; W3]
+
+Grid: row tiles x column tiles, the latter fastest. A row tile is up to BLOCK_M sorted rows of one
+expert; `tiles` [T, 3] (expert, first row, end) was made on the device, and tiles beyond the last
+name an expert that does not exist. Products are computed transposed, [weights, tokens]: so the
+opened weights are the operand that may stay in registers. bfloat16 or float32 in, float32 added up.
+
+FP4 opens as even and odd columns, so what meets its columns is stored *split*: the even columns,
+then the odd ones. Where W2 is FP4, rows of W1 and W3 are walked in that order as well, so that u, h
+and their gradients are split without anybody moving them. Ends of rows and columns are masked.
+"""
+
+import triton
+import triton.language as tl
+
+from .unpack import FP4, GROUP, PLAIN, fp4_tiles, fp8_tile, scale_row
+
+
+@triton.jit
+def _place(tiles, blocks):
+    """Expert, first row, end and column tile of this program."""
+    tile = tiles + tl.program_id(0) // blocks * 3
+    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.program_id(0) % blocks
+
+
+@triton.jit
+def _weight_row(j, ROWS, SPLIT: tl.constexpr):
+    """Row of a weight for place j of a split (or plain) axis of ROWS."""
+    if SPLIT:
+        row = j % (ROWS // 2) * 2 + j // (ROWS // 2)
+    else:
+        row = j
+    return row
+
+
+@triton.jit
+def _open(
+    w, s, rows, keep, half_rows, start, WIDTH, scale_columns,
+    FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS_FIRST: tl.constexpr,
+    DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Even and odd columns of BLOCK_K codes of some rows: [N, K], or [K, N] without ROWS_FIRST.
+
+    Formats of one column a code give that one tile twice.
+    """
+    column = start + tl.arange(0, BLOCK_K)
+    line = rows.to(tl.int64) * WIDTH
+    if ROWS_FIRST:
+        at = line[:, None] + column[None, :]
+        inside = keep[:, None] & (column < WIDTH)[None, :]
+    else:
+        at = line[None, :] + column[:, None]
+        inside = keep[None, :] & (column < WIDTH)[:, None]
+    code = tl.load(w + at, mask=inside, other=0)
+    if FORMAT == PLAIN:
+        even = code.to(DTYPE)
+        odd = even
+    else:
+        first = start + tl.arange(0, BLOCK_K // GROUP) * GROUP
+        s_line = scale_row(rows, half_rows, SCALE_ROWS) * scale_columns
+        if ROWS_FIRST:
+            byte = tl.load(
+                s + s_line[:, None] + (first // SCALE_COLUMNS)[None, :],
+                mask=keep[:, None] & (first < WIDTH)[None, :], other=0,
+            )  # fmt: skip
+            wide = tl.broadcast_to(byte[:, :, None], (BLOCK_N, BLOCK_K // GROUP, GROUP))
+            scale = tl.reshape(wide, (BLOCK_N, BLOCK_K))
+        else:
+            byte = tl.load(
+                s + s_line[None, :] + (first // SCALE_COLUMNS)[:, None],
+                mask=keep[None, :] & (first < WIDTH)[:, None], other=0,
+            )  # fmt: skip
+            wide = tl.broadcast_to(byte[:, None, :], (BLOCK_K // GROUP, GROUP, BLOCK_N))
+            scale = tl.reshape(wide, (BLOCK_K, BLOCK_N))
+        if FORMAT == FP4:
+            even, odd = fp4_tiles(code, scale, DTYPE, ASM)
+        else:
+            even = fp8_tile(code, scale, DTYPE)
+            odd = even
+    return even, odd
+
+
+@triton.jit
+def _columns(x, here, start, WIDTH, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """Columns of rows [1, M] of pointers, transposed: [BLOCK, M]."""
+    column = (start + tl.arange(0, BLOCK))[:, None]
+    return tl.load(x + column, mask=here[None, :] & (column < WIDTH), other=0).to(DTYPE)
+
+
+@triton.jit
+def _add_product(
+    acc, w, s, rows, keep, half_rows, start, WIDTH, scale_columns, x_even, x_odd,
+    FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """`acc + W x^T` over BLOCK_K codes: [N, M]."""
+    even, odd = _open(
+        w, s, rows, keep, half_rows, start, WIDTH, scale_columns,
+        FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, True, DTYPE, ASM,
+    )  # fmt: skip
+    acc = tl.dot(even, x_even, acc, input_precision="ieee")
+    if FORMAT == FP4:
+        acc = tl.dot(odd, x_odd, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def gate_up_gemm(
+    x, weight, order, tiles, w, s, u, h,
+    EXPERTS, F, WIDTH, scale_columns, w_expert, s_expert, x_row, limit,
+    TOP_K: tl.constexpr, CLAMP: tl.constexpr, SAVE: tl.constexpr, SPLIT_ROWS: tl.constexpr,
+    FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Rows through gate, up and the activation: u [P, F] sorted, and h [P, 2F] to go back with."""
+    expert, first, end, block = _place(tiles, tl.cdiv(F, BLOCK_N))
+    if expert >= EXPERTS:
+        return
+    row = first + tl.arange(0, BLOCK_M)
+    here = row < end
+    pair = tl.load(order + row, mask=here, other=0)
+    j = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    keep = j < F
+    rows = _weight_row(j, F, SPLIT_ROWS)
+    w += expert.to(tl.int64) * w_expert
+    s += expert.to(tl.int64) * s_expert
+    x_at = x + ((pair // TOP_K).to(tl.int64) * x_row)[None, :]
+    gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(0, WIDTH, BLOCK_K):
+        x_even = _columns(x_at, here, start, WIDTH, BLOCK_K, DTYPE)
+        x_odd = x_even
+        if FORMAT == FP4:
+            x_odd = _columns(x_at + WIDTH, here, start, WIDTH, BLOCK_K, DTYPE)
+        gate = _add_product(
+            gate, w, s, rows, keep, F, start, WIDTH, scale_columns, x_even, x_odd,
+            FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, DTYPE, ASM,
+        )  # fmt: skip
+        up = _add_product(
+            up, w, s, rows + F, keep, F, start, WIDTH, scale_columns, x_even, x_odd,
+            FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, DTYPE, ASM,
+        )  # fmt: skip
+    inside = keep[:, None] & here[None, :]
+    wide = row.to(tl.int64)[None, :] * F + j[:, None]
+    if SAVE:
+        h_at = h + wide + row.to(tl.int64)[None, :] * F
+        tl.store(h_at, gate, mask=inside)
+        tl.store(h_at + F, up, mask=inside)
+    if CLAMP:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+    routing = tl.load(weight + pair, mask=here, other=0)
+    tl.store(u + wide, gate * tl.sigmoid(gate) * up * routing[None, :], mask=inside)
+
+
+@triton.jit
+def linear_gemm(
+    x, order, tiles, w, s, y,
+    EXPERTS, OUT, WIDTH, scale_columns, w_expert, s_expert, half_rows, x_row,
+    SCATTER: tl.constexpr,
+    FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Sorted rows through their expert's matrix: y [P, OUT], with SCATTER in the order of pairs."""
+    expert, first, end, block = _place(tiles, tl.cdiv(OUT, BLOCK_N))
+    if expert >= EXPERTS:
+        return
+    row = first + tl.arange(0, BLOCK_M)
+    here = row < end
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    keep = rows < OUT
+    w += expert.to(tl.int64) * w_expert
+    s += expert.to(tl.int64) * s_expert
+    x_at = x + (row.to(tl.int64) * x_row)[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(0, WIDTH, BLOCK_K):
+        x_even = _columns(x_at, here, start, WIDTH, BLOCK_K, DTYPE)
+        x_odd = x_even
+        if FORMAT == FP4:
+            x_odd = _columns(x_at + WIDTH, here, start, WIDTH, BLOCK_K, DTYPE)
+        acc = _add_product(
+            acc, w, s, rows, keep, half_rows, start, WIDTH, scale_columns,
+            x_even, x_odd,
+            FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, DTYPE, ASM,
+        )  # fmt: skip
+    target = row.to(tl.int64)
+    if SCATTER:
+        target = tl.load(order + row, mask=here, other=0).to(tl.int64)
+    at = target[None, :] * OUT + rows[:, None]
+    tl.store(y + at, acc, mask=keep[:, None] & here[None, :])
+
+
+@triton.jit
+def input_grad_gemm(
+    dy, order, tiles, w, s, dx,
+    EXPERTS, R, WIDTH, scale_columns, w_expert, s_expert, half_rows, dy_row, dx_row,
+    TOP_K: tl.constexpr, HALVES: tl.constexpr, SPLIT_ROWS: tl.constexpr, SCATTER: tl.constexpr,
+    FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """`dx = dy W` of sorted rows, W having HALVES * R rows: dx [P, columns], split for FP4.
+
+    With TOP_K, dy has a row per token instead of one per sorted row; with SCATTER, dx is in the
+    order of pairs.
+    """
+    expert, first, end, block = _place(tiles, tl.cdiv(WIDTH, BLOCK_K))
+    if expert >= EXPERTS:
+        return
+    row = first + tl.arange(0, BLOCK_M)
+    here = row < end
+    pair = tl.load(order + row, mask=here, other=0).to(tl.int64)
+    w += expert.to(tl.int64) * w_expert
+    s += expert.to(tl.int64) * s_expert
+    source = row.to(tl.int64)
+    if TOP_K > 0:
+        source = pair // TOP_K
+    dy_at = dy + (source * dy_row)[None, :]
+    even = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+    odd = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+    # Each run of dy meets every row of one half, or the even or the odd ones where it is split.
+    STEP: tl.constexpr = 2 if SPLIT_ROWS else 1
+    for run in tl.static_range(HALVES * STEP):
+        for start in range(0, R // STEP, BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)
+            rows = run // STEP * R + run % STEP + j * STEP
+            dy_tile = _columns(dy_at + run * (R // STEP), here, start, R // STEP, BLOCK_N, DTYPE)
+            w_even, w_odd = _open(
+                w, s, rows, j < R // STEP, half_rows, block * BLOCK_K, WIDTH, scale_columns,
+                FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, False, DTYPE, ASM,
+            )  # fmt: skip
+            even = tl.dot(w_even, dy_tile, even, input_precision="ieee")
+            if FORMAT == FP4:
+                odd = tl.dot(w_odd, dy_tile, odd, input_precision="ieee")
+    target = pair if SCATTER else row.to(tl.int64)
+    column = (block * BLOCK_K + tl.arange(0, BLOCK_K))[:, None]
+    at = dx + (target * dx_row)[None, :] + column
+    inside = (column < WIDTH) & here[None, :]
+    tl.store(at, even, mask=inside)
+    if FORMAT == FP4:
+        tl.store(at + WIDTH, odd, mask=inside)
+
+
+@triton.jit
+def activation_grad(
+    du, h, weight, order, dh, dweight, F, limit,
+    CLAMP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Back through `silu(clamp(gate)) * clamp(up) * weight`, a sorted row a program.
+
+    du [P, F] and h [P, 2F] are sorted, and so is dh [P, 2F]; dweight [P] is in the order of pairs.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.load(order + row)
+    routing = tl.load(weight + pair)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, F, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        keep = j < F
+        wide = row * 2 * F + j
+        d = tl.load(du + row * F + j, mask=keep, other=0).to(tl.float32)
+        gate = tl.load(h + wide, mask=keep, other=0).to(tl.float32)
+        up = tl.load(h + wide + F, mask=keep, other=0).to(tl.float32)
+        c, v = gate, up
+        if CLAMP:
+            c = tl.minimum(gate, limit)
+            v = tl.minimum(tl.maximum(up, -limit), limit)
+        sigmoid = tl.sigmoid(c)
+        silu = c * sigmoid
+        dgate = d * routing * v * sigmoid * (1 + c - silu)
+        dup = d * routing * silu
+        if CLAMP:
+            dgate = tl.where(gate <= limit, dgate, 0.0)
+            dup = tl.where(tl.abs(up) <= limit, dup, 0.0)
+        tl.store(dh + wide, dgate, mask=keep)
+        tl.store(dh + wide + F, dup, mask=keep)
+        total += d * silu * v
+    tl.store(dweight + pair, tl.sum(total, axis=0))

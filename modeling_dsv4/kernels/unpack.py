@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weights opened in registers: what `formats.unpack_fp4` and its like do in memory.
+
+    value = code * scale        E2M1 or E4M3 times a power of two: exact in bfloat16 and wider
+
+A code's bits, moved to where float32 (or bfloat16) has its exponent and mantissa, are the value
+over a fixed power of two, subnormal codes included: no table, no branch. FP4 gives two tiles, of
+even and of odd columns; products take them one after the other, so nothing is interleaved.
+
+What no packer of this house writes is not told apart: E4M3's NaN reads as 480, the scale byte 0
+as 0 and 255 as infinity.
+"""
+
+import triton
+import triton.language as tl
+
+PLAIN, FP4, FP8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Columns of codes that share a scale in every format (a byte of FP4 is two columns).
+GROUP = tl.constexpr(16)
+# Value of a code over value of its bits, as float32 reads them.
+E2M1_FACTOR, E4M3_FACTOR = tl.constexpr(2.0**126), tl.constexpr(2.0**120)
+
+# Four bytes and the scale of each -> even columns $0 $1 and odd columns $2 $3, pairs of bfloat16.
+# A byte is doubled into 16 bits, so that a sign and a magnitude reach their places by one shift.
+# 0x7e80 is 2^126; adding -0 makes a multiplication, which only fma has for pairs on sm_80.
+_HALF = """
+    prmt.b32 c, $5, 0, {zeros};
+    shl.b32 c, c, 7;
+    prmt.b32 t, $4, 0, {twice};
+    shl.b32 a, t, 2;
+    and.b32 a, a, 0x01c001c0;
+    and.b32 b, t, 0x80008000;
+    or.b32 a, a, b;
+    fma.rn.bf16x2 a, a, k, n;
+    fma.rn.bf16x2 {odd}, a, c, n;
+    shl.b32 t, t, 4;
+    shl.b32 a, t, 2;
+    and.b32 a, a, 0x01c001c0;
+    and.b32 b, t, 0x80008000;
+    or.b32 a, a, b;
+    fma.rn.bf16x2 a, a, k, n;
+    fma.rn.bf16x2 {even}, a, c, n;
+"""
+_FP4_ASM = tl.constexpr(
+    "{ .reg .b32 t, a, b, c, k, n; mov.b32 k, 0x7e807e80; mov.b32 n, 0x80008000;"
+    + _HALF.format(zeros="0x4140", twice="0x1100", even="$0", odd="$2")
+    + _HALF.format(zeros="0x4342", twice="0x3322", even="$1", odd="$3")
+    + "}"
+)
+
+
+@triton.jit
+def e2m1(code):
+    """Codes 0..15 -> float32, value / E2M1_FACTOR."""
+    # Two copies, one with the magnitude in place and one with the sign: they can't overlap.
+    bits = (code.to(tl.uint32) * 0x10400000) & 0x81C00000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e4m3(byte):
+    """Bytes -> float32, value / E4M3_FACTOR."""
+    b = byte.to(tl.uint32)
+    return (((b & 0x7F) << 20) | ((b & 0x80) << 24)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e8m0(byte):
+    """Scale bytes -> float32."""
+    return (byte.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fp4_tiles(code, scale, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Bytes and their scales, of one shape -> even and odd columns in DTYPE."""
+    if ASM:
+        even, odd = tl.inline_asm_elementwise(
+            _FP4_ASM,
+            "=&r,=&r,=&r,=&r,r,r",
+            [code, scale],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        factor = e8m0(scale)
+        even = (e2m1(code & 15) * E2M1_FACTOR * factor).to(DTYPE)
+        odd = (e2m1(code >> 4) * E2M1_FACTOR * factor).to(DTYPE)
+    return even, odd
+
+
+@triton.jit
+def fp8_tile(code, scale, DTYPE: tl.constexpr):
+    """Bytes and their scales, of one shape -> values in DTYPE."""
+    return (e4m3(code) * E4M3_FACTOR * e8m0(scale)).to(DTYPE)
+
+
+@triton.jit
+def scale_row(row, half_rows, SCALE_ROWS: tl.constexpr):
+    """Row of the scales for a row of codes, where halves of `half_rows` were packed apart."""
+    half = row // half_rows
+    return half * tl.cdiv(half_rows, SCALE_ROWS) + (row - half * half_rows) // SCALE_ROWS

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts' Triton twins against their reference: outputs, and gradients of inputs and routing.
+
+On a CPU Triton's interpreter runs them, at sizes whose blocks are partial everywhere; on a GPU
+(`-m gpu`) they run at the model's, in float32 and bfloat16.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from finetune.layers import LoraExperts
+from modeling_dsv4 import Dsv4ForCausalLM, ops
+from modeling_dsv4.formats import get_format
+from modeling_dsv4.moe import Dsv4Experts, ExpertsBase
+from modeling_dsv4.storage import Fp8GroupedLinear, Fp8Linear, PackedExperts
+from quantize.experts import StoredExperts
+from quantize.pack import PackFile, PackWriter, RecordLayout
+from quantize.store import ExpertStore
+
+experts = pytest.importorskip("modeling_dsv4.kernels.experts")
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="uses the GPU")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+# Relative to the largest number of each tensor. In bfloat16 the activation, what is kept of it for
+# the way back and each gradient are rounded by 2^-9, and a kept number may round across its limit,
+# where the gradient ends; float32 only sums in another order.
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+class Sizes(NamedTuple):
+    """Width, expert width, experts, experts per token."""
+
+    d: int
+    f: int
+    e: int
+    k: int
+
+
+# 40 and 24 are no multiple of any block; the model's own, with fewer experts, on a GPU.
+SIZES = {"cpu": Sizes(40, 24, 5, 2), "cuda": Sizes(4096, 2048, 16, 6)}
+# The interpreter computes in float32 whatever comes in, so one format shows what bfloat16 changes.
+CASES = [
+    pytest.param(kind, dtype, *device.values, marks=device.marks)
+    for device in DEVICES
+    for dtype in (torch.float32, torch.bfloat16)
+    for kind in ("fp4", "plain", "fp8_block32", "fp8_rows32")
+    if device.values == ("cuda",)
+    or kind == "fp4"
+    or (dtype is torch.float32 and kind != "fp8_rows32")
+]
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs of several blocks each: what the interpreter walks in a second."""
+    if torch.cuda.is_available():
+        return
+    for name in experts.GEMV_TILES:
+        # Eight rows for grouped maps, whose groups may not share a tile.
+        rows = 8 if name == "linear" else 32
+        monkeypatch.setitem(experts.GEMV_TILES, name, {"BLOCK_N": rows, "BLOCK_G": 2})
+    for way in experts.GEMM_TILES:
+        monkeypatch.setitem(experts.GEMM_TILES, way, {"BLOCK_N": 32, "BLOCK_K": 16})
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is NaN, so that an element nobody writes shows."""
+    for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, plain=plain, **k: _nan(plain(*a, **k)))
+
+
+def _nan(x: torch.Tensor) -> torch.Tensor:
+    wide = x.is_floating_point() and x.element_size() > 1
+    return x.fill_(torch.nan) if wide else x
+
+
+def _random_bytes(module: nn.Module) -> None:
+    """Every code of the format, NaN left out, and scales around 2^-5: what no packer would give."""
+    for parameter in module.parameters():
+        shape, dtype = parameter.shape, parameter.dtype
+        if dtype is torch.float8_e8m0fnu:
+            raw = torch.randint(120, 124, shape, dtype=torch.uint8)
+        else:
+            raw = torch.randint(0, 256, shape, dtype=torch.uint8)
+            if dtype is torch.float8_e4m3fn:
+                # At most 15 in size, subnormal numbers included: some would drown the others.
+                raw &= 0xD7
+        parameter.data = raw.view(dtype)
+
+
+def _make(kind: str, sizes: Sizes, limit: float | None, dtype: torch.dtype) -> ExpertsBase:
+    if kind == "plain":
+        plain = Dsv4Experts(sizes.e, sizes.d, sizes.f, limit)
+        for weight in plain.parameters():
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5).requires_grad_(False)
+        return plain.to(dtype)
+    packed = PackedExperts(sizes.e, sizes.d, sizes.f, limit, kind)
+    _random_bytes(packed)
+    return packed
+
+
+class Inputs(NamedTuple):
+    """Hidden states [n, D], expert ids [n, K], routing weights [n, K]."""
+
+    x: torch.Tensor
+    index: torch.Tensor
+    routing: torch.Tensor
+
+
+def _inputs(n: int, sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
+    """Part of a larger tensor, contiguous in no direction; one expert gets no token."""
+    x = (torch.randn(n, sizes.d + 3, 2) * 0.3).to(device, dtype)[:, 1:-2, 0]
+    index = torch.rand(n, sizes.e - 1).argsort(-1)[:, : sizes.k] + 1
+    return Inputs(x, index.to(device), torch.rand(n, sizes.k, device=device))
+
+
+def _compare(module: ExpertsBase, given: Inputs, learn: bool) -> None:
+    """The module by its kernels against itself by torch, in float32 of the same numbers."""
+    x, routing = (t.detach().requires_grad_(learn) for t in (given.x, given.routing))
+    wide, routing_ref = (t.detach().float().requires_grad_(learn) for t in (x, routing))
+    module.kernels = "triton"
+    found = [module(x, given.index, routing)]
+    module.kernels = "torch"
+    expected = [module.float()(wide, given.index, routing_ref)]
+    assert found[0].dtype is torch.float32
+    if learn:
+        grad = torch.randn_like(expected[0])
+        found += torch.autograd.grad(found[0], (x, routing), grad)
+        expected += torch.autograd.grad(expected[0], (wide, routing_ref), grad)
+        assert found[1].dtype is x.dtype
+    for name, a, b in zip(("sum", "dx", "drouting"), found, expected, strict=False):
+        worst = (a.float() - b).abs().max() / b.abs().max()
+        assert worst <= NEAR[x.dtype], f"{name}: {worst:.1e}"
+
+
+@pytest.fixture
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what the kernels' launcher was asked for, call by call."""
+    calls: list[str] = []
+    for name in ("run", "linear"):
+        plain = getattr(experts, name)
+        monkeypatch.setattr(
+            experts, name, lambda *a, name=name, plain=plain: (calls.append(name), plain(*a))[1]
+        )
+    return calls
+
+
+@pytest.mark.parametrize(("kind", "dtype", "device"), CASES)
+def test_few_tokens_equal_the_reference(
+    kind: str, dtype: torch.dtype, device: str, by_kernels: list[str]
+) -> None:
+    sizes = SIZES[device]
+    module = _make(kind, sizes, 1.0, dtype).to(device)
+    _compare(module, _inputs(3, sizes, dtype, device), learn=False)
+    assert by_kernels == ["run"]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "device"), CASES)
+def test_many_tokens_and_their_gradients_equal_the_reference(
+    kind: str, dtype: torch.dtype, device: str, by_kernels: list[str]
+) -> None:
+    sizes = SIZES[device]
+    module = _make(kind, sizes, 1.0, dtype).to(device)
+    _compare(module, _inputs(17 if device == "cpu" else 700, sizes, dtype, device), learn=True)
+    assert by_kernels == ["run"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("learn", [False, True])
+def test_an_activation_without_a_limit_equals_the_reference(learn: bool, device: str) -> None:
+    sizes = SIZES[device]
+    module = _make("fp4", sizes, None, torch.float32).to(device)
+    _compare(module, _inputs(3, sizes, torch.float32, device), learn)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("learn", [False, True])
+def test_an_expert_chosen_twice_counts_twice(learn: bool, device: str) -> None:
+    sizes = SIZES[device]
+    given = _inputs(17 if learn else 3, sizes, torch.float32, device)
+    module = _make("plain", sizes, 1.0, torch.float32).to(device)
+    _compare(module, given._replace(index=torch.full_like(given.index, 2)), learn)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_token_gives_no_row(device: str) -> None:
+    sizes = SIZES[device]
+    module = _make("fp4", sizes, 1.0, torch.float32).to(device)
+    module.kernels = "triton"
+    found = module(*_inputs(0, sizes, torch.bfloat16, device))
+    assert found.shape == (0, sizes.d) and found.dtype is torch.float32
+
+
+def test_the_tiles_of_a_plan_cover_each_expert_s_rows_once() -> None:
+    index = torch.tensor([[1, 4], [1, 0], [4, 1]] * 11)
+    plan = experts._plan(index, 6)
+    assert torch.equal(index.flatten()[plan.order], index.flatten().sort().values)
+    rows = {0: (0, 11), 1: (11, 44), 4: (44, 66)}
+    found = [tuple(tile) for tile in plan.tiles.tolist() if tile[0] < 6]
+    wanted = [
+        (e, first, last) for e, (start, last) in rows.items()
+        for first in range(start, last, plan.rows)
+    ]  # fmt: skip
+    assert found == wanted
+    # Bounds known without asking the device how many rows an expert has.
+    assert plan.rows == 16 and len(plan.tiles) == 66 // 16 + 6
+
+
+# --- where the weights are, and what is left to the reference -----------------------------------
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> PackFile:
+    """Five experts, gate_up in FP4 and down in FP8, of random bytes."""
+    sizes = SIZES["cpu"]
+    layout = RecordLayout.build(sizes.d, sizes.f, "fp4", "fp8_block32")
+    with PackWriter(tmp_path / "pack.safetensors", "m", sizes.e, layout) as writer:
+        for _ in range(sizes.e):
+            gate_up = torch.randn(2, sizes.f, sizes.d) * 0.3
+            down = torch.randn(sizes.d, sizes.f) * 0.3
+            parts = {
+                "gate_up_proj": get_format("fp4").pack(gate_up),
+                "down_proj": get_format("fp8_block32").pack(down),
+            }
+            writer.write(layout.encode(parts))
+    return PackFile.open(tmp_path / "pack.safetensors")
+
+
+def _stored(pack: PackFile) -> StoredExperts:
+    sizes = SIZES["cpu"]
+    return StoredExperts("m", sizes.e, sizes.d, sizes.f, 1.0, pack.layout)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+@pytest.mark.parametrize("n", [3, 17])
+def test_resident_records_are_read_in_place(pack: PackFile, n: int, by_kernels: list[str]) -> None:
+    module = _stored(pack)
+    module.attach_resident(pack)
+    _compare(module, _inputs(n, SIZES["cpu"], torch.float32, "cpu"), learn=n > 3)
+    assert by_kernels == ["run"]
+    gate_up, down = module.stacked()
+    for part in (*gate_up.parts.values(), *down.parts.values()):
+        assert part.untyped_storage().data_ptr() == module.packed.untyped_storage().data_ptr()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+def test_records_on_disk_stay_with_the_reference(pack: PackFile, by_kernels: list[str]) -> None:
+    module = _stored(pack)
+    module.attach_store(ExpertStore([pack], 2 * pack.layout.nbytes), 0)
+    _compare(module, _inputs(3, SIZES["cpu"], torch.float32, "cpu"), learn=False)
+    assert by_kernels == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+def test_what_no_kernel_computes_stays_with_the_reference(by_kernels: list[str]) -> None:
+    sizes = SIZES["cpu"]
+    given = _inputs(3, sizes, torch.float32, "cpu")
+    rounded = _make("fp4", sizes, 1.0, torch.float32)
+    rounded.round_input = torch.round
+    learning = _make("plain", sizes, 1.0, torch.float32).requires_grad_()
+    wide = _make("plain", sizes, 1.0, torch.float64)
+    for module, x in ((rounded, given.x), (learning, given.x), (wide, given.x.double())):
+        module.kernels = "triton"
+        module(x, given.index, given.routing)
+    assert by_kernels == []
+    learning(*given).sum().backward()
+    assert learning.down_proj.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+def test_autocast_chooses_what_the_products_work_in(by_kernels: list[str]) -> None:
+    sizes = SIZES["cpu"]
+    module, linear = _make("plain", sizes, 1.0, torch.bfloat16), Fp8Linear(40, 8, 32)
+    _random_bytes(linear)
+    module.kernels = linear.kernels = "triton"
+    given = _inputs(2, sizes, torch.float32, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        module(*given)
+        assert linear(given.x).dtype is torch.bfloat16
+    assert by_kernels == ["run", "linear"]
+
+
+# --- products with something between them, as adapters need -------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["fp4", "fp8_block32"])
+def test_grouped_products_and_their_gradients_equal_the_reference(kind: str, device: str) -> None:
+    sizes = SIZES[device]
+    module = _make(kind, sizes, 1.0, torch.float32).to(device)
+    given = _inputs(17, sizes, torch.float32, device)
+    rows = ops.group_by_expert(given.index, sizes.e)
+    module.kernels = "triton"
+    for product, width in zip((0, 1), (sizes.d, sizes.f), strict=True):
+        x = torch.randn(len(rows.token), width, device=device, requires_grad=True)
+        found = module.grouped(given.x[rows.token], given.index)[product](x)
+        parts = x.split(rows.counts)
+        expected = torch.cat([module.open_expert(e)[product](part) for e, part in enumerate(parts)])
+        grad = torch.randn_like(expected)
+        (dx,), (dx_ref,) = (torch.autograd.grad(y, x, grad) for y in (found, expected))
+        for a, b in ((found, expected), (dx, dx_ref)):
+            assert (a - b).abs().max() <= NEAR[x.dtype] * b.abs().max()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_adapters_beside_packed_experts_equal_those_beside_the_reference(device: str) -> None:
+    sizes = SIZES[device]
+    base = _make("fp4", sizes, 1.0, torch.float32)
+    layer = LoraExperts(base, "a", LoraConfig(init_lora_weights=False), 2, 4)
+    layer.to(device)
+    given = _inputs(5, sizes, torch.float32, device)
+    results = []
+    for mode in ("triton", "torch"):
+        base.kernels = mode
+        layer.zero_grad()
+        out = layer(*given)
+        out.square().mean().backward()
+        grads = [p.grad.clone() for p in layer.parameters() if p.requires_grad]
+        results.append([out.detach(), *grads])
+    assert len(results[0]) == 5
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= NEAR[torch.float32] * b.abs().max()
+
+
+# --- dense weights in FP8 blocks ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("block", "grouped", "dtype"),
+    [(32, False, torch.bfloat16), (32, True, torch.float32), (128, True, torch.bfloat16)],
+)
+def test_a_linear_map_in_fp8_equals_the_reference(
+    block: int, grouped: bool, dtype: torch.dtype, device: str, by_kernels: list[str]
+) -> None:
+    width, out = (block + 8, 16) if device == "cpu" else (4096, 2048)
+    module = Fp8GroupedLinear(width, out, 2, block) if grouped else Fp8Linear(width, out, block)
+    _random_bytes(module)
+    module = module.to(device)
+    x = torch.randn(1, 2, *((2,) if grouped else ()), width).to(device, dtype)
+    module.kernels = "triton"
+    found = module(x)
+    module.kernels = "torch"
+    expected = module(x.float())
+    assert by_kernels == ["linear"]
+    assert found.dtype is dtype and found.shape == expected.shape
+    worst = (found.float() - expected).abs().max() / expected.abs().max()
+    assert worst <= NEAR[dtype]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+def test_a_linear_map_that_learns_or_sees_many_rows_stays_with_the_reference(
+    by_kernels: list[str],
+) -> None:
+    module = Fp8Linear(32, 8, 32)
+    _random_bytes(module)
+    module.kernels = "triton"
+    x = torch.randn(3, 32, requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    module(torch.randn(experts.DECODE_ROWS + 1, 32))
+    module(torch.randn(0, 32))
+    assert by_kernels == []
+
+
+# --- the switch, and what a GPU must not do -----------------------------------------------------
+
+
+def test_the_switch_reaches_experts_and_packed_linears(tiny_config: Callable) -> None:
+    with torch.device("meta"):
+        model = Dsv4ForCausalLM(tiny_config("v4"))
+        linear = Fp8Linear(32, 32, 32)
+    model.model.layers[0].mlp.shared_experts.up_proj = linear
+    model.set_kernels("torch")
+    assert linear.kernels == model.model.layers[0].mlp.experts.kernels == "torch"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 64])
+def test_nothing_waits_for_the_host(n: int) -> None:
+    sizes = SIZES["cuda"]
+    module = _make("fp4", sizes, 1.0, torch.bfloat16).to("cuda")
+    given = _inputs(n, sizes, torch.bfloat16, "cuda")
+    expected = module(*given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = module(*given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)

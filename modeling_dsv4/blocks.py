@@ -85,8 +85,8 @@ class Dsv4DecoderLayer(GradientCheckpointingLayer):
             streams = self.engram(streams, rows, told.live)
         handed = Shared(entries, index_keys, ids, candidates)
         if told.stores_only == self.layer_idx:
-            own = pre if self.single_pass else self.attn_hc(streams)[0]
-            x = self.input_layernorm(hyper_ops.collapse(streams, own))
+            x = hyper_ops.collapse(streams, pre) if self.single_pass else self.attn_hc(streams)[0]
+            x = self.input_layernorm(x)
             self.self_attn(x, told.segments, told.turns, handed, cache, stores_only=True)
             return streams, pre, *handed, None
 

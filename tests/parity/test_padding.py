@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from modeling_dsv4 import trace
+from modeling_dsv4 import Dsv4Cache, trace
 
 Found = dict[str, torch.Tensor]
 WIDTH, STEPS = 41, 5
@@ -78,7 +78,9 @@ def test_every_choice_of_a_padded_row_is_that_of_the_row_alone(model: Any, layou
 @torch.no_grad()
 def _write(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, list[Found]]:
     """Greedy tokens [rows, STEPS], and a trace of each decoding step."""
-    out = model(ids, attention_mask=mask, use_cache=True)
+    # Rings without slack: what is not written right is overwritten at once.
+    cache = Dsv4Cache(model.config, max_rewind=0)
+    out = model(ids, attention_mask=mask, past_key_values=cache)
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     logits = out.logits[torch.arange(len(ids)), last]
     said, traces = [logits.argmax(-1)], []
@@ -88,7 +90,7 @@ def _write(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Ten
             model,
             input_ids=said[-1][:, None],
             attention_mask=mask,
-            past_key_values=out.past_key_values,
+            past_key_values=cache,
         )
         traces.append(found)
         said.append(found["logits"][:, -1].argmax(-1))

@@ -11,6 +11,7 @@ from torch import nn
 
 from .attention import Shared
 from .blocks import Dsv4DecoderLayer, Pass
+from .configuration_dsv4 import Dsv4Config
 from .engram import EngramGate
 from .hyper_connection import HyperConnection, first_pre
 from .indexer import Indexer
@@ -38,6 +39,9 @@ def trace(model: nn.Module, **inputs: Any) -> dict[str, torch.Tensor]:
     `layers.3.mlp.gate.indices` [B * S, K], `layers.1.engram.gate.gate` [B, S, N],
     `layers.1.engram.rows` [B, S, P], `layers.3.streams` [B, S, N, D] leaving the layer, and
     `logits`.
+
+    Pads are dropped before the first layer: of a padded batch, the first tokens of every row of
+    [B, S, ...] are its real ones. Only `logits` stand in the columns of the input.
     """
     found: dict[str, torch.Tensor] = {}
     backbone = cast(Dsv4Model, getattr(model, "model", model))
@@ -100,8 +104,13 @@ def run_layer(
 
     Returns:
         streams and pre leaving the layer, and what it hands on.
+
+    Raises:
+        ValueError: no such layer, streams of another shape, or nothing of what the layer reuses.
     """
     backbone = cast(Dsv4Model, getattr(model, "model", model))
+    shared = shared or Shared()
+    _check_layer(backbone.config, i, streams, shared)
     b, s = streams.shape[:2]
     state = RowState.empty(b, streams.device)
     segments = find_segments((b, s), state)
@@ -112,7 +121,21 @@ def run_layer(
     engram, layer.engram = layer.engram, None
     try:
         told = Pass(segments, turns, input_ids, token_types)
-        out = layer(streams, pre, *(shared or Shared()), told)
+        out = layer(streams, pre, *shared, told)
     finally:
         layer.engram = engram
     return out[0], out[1], Shared(*out[2:6])
+
+
+def _check_layer(config: Dsv4Config, i: int, streams: torch.Tensor, shared: Shared) -> None:
+    if not 0 <= i < config.num_hidden_layers:
+        raise ValueError(f"run_layer: wanted a layer 0..{config.num_hidden_layers - 1}, got {i}")
+    n, d = config.hc_mult, config.hidden_size
+    if streams.dim() != 4 or streams.shape[2:] != (n, d):
+        raise ValueError(f"streams: wanted [B, S, {n}, {d}], got {list(streams.shape)}")
+    source = config.kv_source(i)
+    if source not in (None, i) and shared.entries is None:
+        raise ValueError(
+            f"layer {i} reuses the entries of layer {source}: wanted `shared`, the last result of "
+            f"run_layer(model, {source}, ...), handed through the layers between; got none"
+        )

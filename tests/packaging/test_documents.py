@@ -81,6 +81,19 @@ def test_every_relative_link_leads_to_a_file(root: Path, project_files: list[str
             assert ((root / name).parent / link).exists(), f"{name} links to {link}"
 
 
+def test_every_test_that_the_page_on_correctness_names_exists(root: Path) -> None:
+    lines = (root / "docs" / "correctness.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| ") and "::" in line]
+    assert len(rows) > 80
+    for row in rows:
+        what, tests, broken = (cell.strip() for cell in row.strip("|").split(" | "))
+        assert what and broken, row
+        for name in tests.split("; "):
+            file, function = name.strip("`").split("::")
+            source = (root / "tests" / file).read_text()
+            assert f"\ndef {function}(" in source, f"docs/correctness.md names {name}"
+
+
 def test_no_file_knows_the_machine_it_was_written_on(root: Path, project_files: list[str]) -> None:
     machine = re.compile(rb"(?<![\w.~)}])/(?:work|root|home|Users|tmp|opt)/[\w.-]+")
     found = []

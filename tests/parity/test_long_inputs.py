@@ -36,17 +36,24 @@ def _inputs(case: str) -> dict[str, torch.Tensor]:
         places = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
         return {"input_ids": ids, "position_ids": places}
     numbers = torch.arange(3).repeat_interleave(torch.tensor(lengths)).expand(2, -1)
-    return {"input_ids": ids, "seq_idx": numbers}
+    if case == "packed numbers":
+        return {"input_ids": ids, "seq_idx": numbers}
+    # Numbers alone say where documents begin; the positions run on.
+    return {"input_ids": ids, "seq_idx": numbers, "position_ids": torch.arange(190)[None]}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["plain", "padded", "packed positions", "packed numbers"])
+@pytest.mark.parametrize(
+    "case", ["plain", "padded", "packed positions", "packed numbers", "running positions"]
+)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_chunks_give_what_one_pass_gives(
     model: Dsv4ForCausalLM, monkeypatch: pytest.MonkeyPatch, case: str, use_cache: bool
 ) -> None:
     inputs = _inputs(case)
-    whole = model(**inputs, use_cache=False).logits
+    # Chunks begin each document at 0; where a document stands changes its logits by rounding alone.
+    same = _inputs("packed numbers") if case == "running positions" else inputs
+    whole = model(**same, use_cache=False).logits
     passes = _count_passes(model, monkeypatch)
     monkeypatch.setattr(modeling_dsv4, "_CHUNK_TOKENS", 2 * 64)
     out = model(**inputs, use_cache=use_cache)

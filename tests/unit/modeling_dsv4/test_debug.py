@@ -82,3 +82,71 @@ def test_single_layers_repeat_the_pass(tiny: Make, kind: str) -> None:
         torch.testing.assert_close(streams, found[f"layers.{i}.streams"], atol=1e-12, rtol=0)
     kept = [i for i, layer in enumerate(model.model.layers) if layer.engram is not None]
     assert kept == model.config.engram_layer_ids
+
+
+def _streams(tokens: int = 12) -> torch.Tensor:
+    return torch.randn(1, tokens, 4, 32)
+
+
+@pytest.mark.parametrize("layer", [2, 4, 5, 6])
+def test_a_layer_that_reuses_entries_says_whose(tiny: Make, layer: int) -> None:
+    # Without them it would run, and answer as if it had a window alone.
+    source = 1 if layer == 2 else 3
+    with pytest.raises(ValueError, match=f"reuses the entries of layer {source}: wanted `shared`"):
+        run_layer(tiny("v41"), layer, _streams())
+
+
+def test_entries_handed_on_are_enough_and_are_used(tiny: Make) -> None:
+    model, streams = tiny("v41"), _streams(40)
+    shared = run_layer(model, 3, streams)[2]
+    for layer in (4, 5, 6):
+        out, _, shared = run_layer(model, layer, streams, shared=shared)
+        other = shared._replace(entries=shared.entries + 1)
+        changed, _, _ = run_layer(model, layer, streams, shared=other)
+        assert (out - changed).abs().max() > 1e-3
+
+
+def test_a_layer_routed_by_token_id_says_that_it_wants_ids(tiny: Make) -> None:
+    with pytest.raises(ValueError, match="wanted `input_ids`"):
+        run_layer(tiny("v4"), 0, _streams())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "complaint"),
+    [
+        (4, (1, 5, 4, 32), r"wanted a layer 0\.\.3, got 4"),
+        (-1, (1, 5, 4, 32), r"wanted a layer 0\.\.3, got -1"),
+        (1, (1, 5, 32), r"wanted \[B, S, 4, 32\], got \[1, 5, 32\]"),
+        (1, (1, 5, 4, 16), r"wanted \[B, S, 4, 32\], got \[1, 5, 4, 16\]"),
+    ],
+)
+def test_a_layer_that_is_not_there_and_other_streams_are_refused(
+    tiny: Make, layer: int, shape: tuple[int, ...], complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        run_layer(tiny("v4"), layer, torch.randn(shape))
+
+
+@torch.no_grad()
+def test_a_trace_of_a_padded_batch_begins_with_the_real_tokens(tiny: Make) -> None:
+    model, ids = tiny("v4"), torch.randint(3, 64, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[1, 9:] = 0, 0
+    found = trace(model, input_ids=ids, attention_mask=mask)
+    for row, real in ((0, slice(5, 12)), (1, slice(0, 9))):
+        alone, n = trace(model, input_ids=ids[row : row + 1, real]), real.stop - real.start
+        streams = found["layers.3.streams"][row, :n]
+        torch.testing.assert_close(streams, alone["layers.3.streams"][0], atol=1e-4, rtol=0)
+        logits = found["logits"][row, real]
+        torch.testing.assert_close(logits, alone["logits"][0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_decoding_step_is_traced_with_its_cache(tiny: Make) -> None:
+    model, ids = tiny("v41", torch.float64), torch.randint(3, 64, (1, 30))
+    cache = model(ids[:, :29], use_cache=True).past_key_values
+    found = trace(model, input_ids=ids[:, 29:], past_key_values=cache)
+    assert cache.get_seq_length() == 30
+    full = trace(model, input_ids=ids)
+    for name in ("layers.4.engram.rows", "layers.5.self_attn.indexer.ids"):
+        assert torch.equal(found[name][0, -1], full[name][0, -1]), name

@@ -175,6 +175,6 @@ def test_training_a_packed_row_keeps_no_history(tiny: Callable[..., Any]) -> Non
     model = tiny("v41").train()
     model.activation_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(3, 64, (1, 15))
-    first, second = (model(ids, labels=ids) for _ in range(2))
+    first, second = (model(ids, labels=ids, use_cache=True) for _ in range(2))
     first.loss.backward()
     assert first.past_key_values is None and torch.equal(first.logits, second.logits)

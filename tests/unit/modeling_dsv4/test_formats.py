@@ -306,7 +306,7 @@ def test_fp4_recast_beyond_that_span_is_refused() -> None:
         formats.fp4_to_fp8_block(codes, power(exponent), 128)
 
 
-@pytest.mark.parametrize("octave", [(1.0, 2.0), (2.0, 4.0), (4.0, 6.0)])
+@pytest.mark.parametrize("octave", [(0.5, 1.0), (1.0, 2.0), (2.0, 4.0), (4.0, 6.0)])
 @pytest.mark.parametrize("name", ["fp4", "fp4_packed", "fp4_e4m3", "fp8"])
 def test_rounding_is_unbiased(octave: tuple[float, float], name: str) -> None:
     # Uniform over whole octaves, as many values lie above their nearest code as below it.

@@ -140,12 +140,13 @@ def _blocks(scores: torch.Tensor, seen: int, size: int, keep: int) -> set[int]:
     return {newest, *others[: keep - 1]}
 
 
-def test_the_source_keeps_the_best_blocks_and_always_the_newest(make: Make) -> None:
-    keys = torch.randn(1, S, 8).double()
-    chosen, scores = _run(make("v41", 3), _segments(), keys)
+@pytest.mark.parametrize("length", [S, S - 1], ids=["whole blocks", "a last block half full"])
+def test_the_source_keeps_the_best_blocks_and_always_the_newest(make: Make, length: int) -> None:
+    keys = torch.randn(1, length, 8).double()
+    chosen, scores = _run(make("v41", 3), _segments(length), keys)
     for t, found in enumerate(_sets(chosen.candidates)):
         assert found == _blocks(scores[t], t + 1, size=2, keep=3), t
-    newest = torch.arange(S) // 2 * 2
+    newest = torch.arange(length) // 2 * 2
     assert all(int(n) in found for n, found in zip(newest, _sets(chosen.candidates), strict=True))
 
 

@@ -249,6 +249,11 @@ def test_only_the_positions_asked_for_get_logits(tiny: Make) -> None:
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, full[:, -2:])
     some = torch.tensor([0, 4])
     torch.testing.assert_close(model(ids, logits_to_keep=some).logits, full[:, some])
+    # The head of a release is wide: positions nobody asked for must not pass it.
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda m, a, o: rows.append(o.shape[1]))
+    model(ids, logits_to_keep=2)
+    assert rows == [2]
 
 
 @torch.no_grad()

@@ -139,7 +139,8 @@ def test_an_interrupted_write_leaves_the_old_checkpoint_and_a_finished_one_repla
     save_official(model, tmp_path, max_shard_size="300KB")
     before = sorted(tmp_path.glob("*.safetensors"))
 
-    def fail(*args: Any) -> None:
+    def fail(path: Path, *args: Any) -> None:
+        path.write_bytes(b"half of it")
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:

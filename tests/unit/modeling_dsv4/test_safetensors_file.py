@@ -15,7 +15,7 @@ from modeling_dsv4.checkpoint import (
     read_header,
     read_index,
 )
-from modeling_dsv4.safetensors_file import DTYPES, write_file
+from modeling_dsv4.safetensors_file import DTYPES, Shards, write_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -125,3 +125,14 @@ def test_every_dtype_survives_writing_and_reading(tmp_path: Path) -> None:
     assert torch.equal(_bits(copied), _bits(tensors["F8_E4M3"]))
     with pytest.raises(ValueError, match="cannot read F32"):
         shards.read_into("F32", copied)
+
+
+def test_a_file_cut_after_it_was_opened_is_an_error(release: Path) -> None:
+    shards, path = Shards(release), release / SINGLE
+    name = max(shards.info, key=lambda name: shards.info[name].start)
+    info = shards.info[name]
+    out = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    shards.read_into(name, out)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"'{name}' ended after {out.nbytes - 1} bytes"):
+        shards.read_into(name, out)

@@ -14,7 +14,7 @@ Rows of a batch may stand at different lengths.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import torch
 from transformers.cache_utils import Cache
@@ -111,9 +111,10 @@ class LayerCache:
         self.index_pool = Ring(span + slack)
         self.index_keys = Rows()
 
-    def stores(self) -> Iterable[Ring | Rows]:
-        """All stores, for whatever moves rows of the batch."""
-        return (self.window, self.pool, self.entries, self.index_pool, self.index_keys)
+    def stores(self) -> dict[str, Ring | Rows]:
+        """All stores by name, for whatever moves rows of the batch or writes them."""
+        names = ("window", "pool", "entries", "index_pool", "index_keys")
+        return {name: getattr(self, name) for name in names}
 
 
 class Dsv4Cache(Cache):
@@ -126,6 +127,7 @@ class Dsv4Cache(Cache):
     """
 
     is_compileable = False
+    is_croppable = True
 
     def __init__(self, config: Dsv4Config, max_rewind: int = 64) -> None:
         layers = [LayerCache(config, i, max_rewind) for i in range(config.num_hidden_layers)]
@@ -137,8 +139,9 @@ class Dsv4Cache(Cache):
         self.ratios = sorted({r for r in config.compress_ratios if r})
         self.state: RowState | None = None
         self.columns = 0
-        # Tokens that `crop` can still take back: since the start, the last pad, or the last border.
-        self._rewindable = 0
+        # Tokens that `crop` can still take back: since the start, the last pad, or the last border,
+        # and no further than the rings reach.
+        self.rewindable = 0
         # Between `open` and `advance` the stores are ahead of the counters.
         self._open = False
 
@@ -168,10 +171,12 @@ class Dsv4Cache(Cache):
         old, self.state = self.state, segments.after(self.ratios)
         assert old is not None
         self.columns += columns
-        plain = segments.columns is None and bool((self.state.start == old.start).all())
-        self._rewindable = self._rewindable + columns if plain else 0
         if segments.fresh:
-            self._rewindable = columns
+            self.rewindable = columns
+        elif segments.columns is None and bool((self.state.start == old.start).all()):
+            self.rewindable += columns
+        else:
+            self.rewindable = _unbroken(segments, self.state, columns)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Input columns seen, pads included, as `generate` counts them."""
@@ -211,7 +216,7 @@ class Dsv4Cache(Cache):
         if target <= 0:
             self.reset()
             return
-        limit = min(self.max_rewind, self._rewindable)
+        limit = min(self.max_rewind, self.rewindable)
         if back > limit:
             raise ValueError(
                 f"crop: wanted to take back {back} tokens, this cache can take back {limit}; make "
@@ -224,13 +229,14 @@ class Dsv4Cache(Cache):
             was, now = (state.seen - state.start) // ratio, (seen - state.start) // ratio
             state.entries[ratio] = count - (was - now)
         state.seen = seen
-        self.columns, self._rewindable = target, self._rewindable - back
+        # Behind what was taken back, the rings reach less far by as much.
+        self.columns, self.rewindable = target, limit - back
 
     def reset(self) -> None:
         """Forget everything."""
-        for store in self._stores():
+        for _, store in self.named_stores():
             store.data = None
-        self.state, self.columns, self._rewindable, self._open = None, 0, 0, False
+        self.state, self.columns, self.rewindable, self._open = None, 0, 0, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes old row `beam_idx[i]`."""
@@ -238,7 +244,7 @@ class Dsv4Cache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, in that order."""
-        for store in self._stores():
+        for _, store in self.named_stores():
             if store.data is not None:
                 store.data = store.data.index_select(0, indices.to(store.data.device))
         if self.state is not None:
@@ -254,9 +260,25 @@ class Dsv4Cache(Cache):
 
     def memory_bytes(self) -> int:
         """Bytes held by all stores."""
-        return sum(s.data.nbytes for s in self._stores() if s.data is not None)
+        return sum(s.data.nbytes for _, s in self.named_stores() if s.data is not None)
 
-    def _stores(self) -> Iterable[Ring | Rows]:
-        for layer in self.layers:
-            yield from layer.stores()
-        yield self.ngrams
+    def named_stores(self) -> Iterator[tuple[str, Ring | Rows]]:
+        """All stores of all layers by name, empty ones too."""
+        for i, layer in enumerate(self.layers):
+            for name, store in layer.stores().items():
+                yield f"layers.{i}.{name}", store
+        yield "ngrams", self.ngrams
+
+
+def _unbroken(segments: Segments, state: RowState, columns: int) -> int:
+    """Last columns of a pass that hold, in every row, a token of the document that stands open.
+
+    The document's first token does not count: which document came before is not remembered.
+    """
+    run = state.seen - state.start - 1
+    if segments.columns is not None:
+        # Columns ascend in a row, so those that equal their place from the end are a suffix.
+        left = segments.count[:, None] - torch.arange(segments.row.shape[1], device=run.device)
+        real = segments.valid & (segments.columns == columns - left)
+        run = run.minimum(real.sum(1))
+    return min(max(int(run.min()), 0), columns)

@@ -6,7 +6,7 @@ Three kinds of store hold everything:
 - `Ring`: the last tokens of a row (window keys, a compressor's values and gates, Engram ids), slot
   = row index mod capacity. It is a little longer than needed, so that a few tokens can be taken
   back by moving the counters alone.
-- `Rows`: compressed entries and index keys, appended.
+- `Rows`: compressed entries and index keys, appended; `CodedRows` keeps them packed.
 - `RowState`: the counters.
 
 Rows of a batch may stand at different lengths.
@@ -19,6 +19,14 @@ from collections.abc import Iterator
 import torch
 from transformers.cache_utils import Cache
 
+from .cache_storage import (
+    PackedRows,
+    RowCodec,
+    bytes_per_token,
+    check_storage,
+    entry_codec,
+    key_codec,
+)
 from .configuration_dsv4 import Dsv4Config
 from .segments import RowState, Segments
 
@@ -99,17 +107,35 @@ class Rows:
             self.data = grown
 
 
+class CodedRows(Rows):
+    """`Rows` of bytes [B, capacity, bytes] uint8, made of entries or keys by a codec."""
+
+    def __init__(self, codec: RowCodec) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def extend(  # type: ignore[override]
+        self, new: torch.Tensor, before: torch.Tensor | None, count: torch.Tensor
+    ) -> PackedRows:
+        """As `Rows.extend`; all [B, T, C] stay packed, so that all passes read the same numbers."""
+        data = super().extend(self.codec.encode(new), before, count)
+        return PackedRows(data, self.codec, new.dtype)
+
+
 class LayerCache:
     """Stores of one layer; those that the layer does not need stay empty."""
 
-    def __init__(self, config: Dsv4Config, layer_idx: int, slack: int) -> None:
+    def __init__(
+        self, config: Dsv4Config, layer_idx: int, slack: int, storage: str = "plain"
+    ) -> None:
         ratio = config.compress_ratios[layer_idx]
         span = 2 * ratio if ratio == config.compressor_overlap_ratio else ratio
         self.window = Ring(config.sliding_window - 1 + slack)
         self.pool = Ring(span + slack)
-        self.entries = Rows()
+        packed = storage == "packed"
+        self.entries: Rows | CodedRows = CodedRows(entry_codec(config)) if packed else Rows()
         self.index_pool = Ring(span + slack)
-        self.index_keys = Rows()
+        self.index_keys: Rows | CodedRows = CodedRows(key_codec(config)) if packed else Rows()
 
     def stores(self) -> dict[str, Ring | Rows]:
         """All stores by name, for whatever moves rows of the batch or writes them."""
@@ -124,14 +150,22 @@ class Dsv4Cache(Cache):
         config: the model's configuration.
         max_rewind: how many of the last tokens `crop` can take back. Costs that many more slots in
             each ring, nothing else.
+        storage: "plain" keeps compressed entries and index keys as computed; "packed" keeps them in
+            the release's own formats (`cache_storage.py`), half the bytes for V4 and less than a
+            third for V4.1. After `model.set_simulation("official")` packing changes no bit. Without
+            it packing loses precision: entries and index keys are rounded as the simulation rounds
+            the cache (index keys without its Hadamard turn), and logits change by that. Windows
+            stay plain; there are no gradients.
     """
 
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, config: Dsv4Config, max_rewind: int = 64) -> None:
-        layers = [LayerCache(config, i, max_rewind) for i in range(config.num_hidden_layers)]
-        self.layers = layers
+    def __init__(self, config: Dsv4Config, max_rewind: int = 64, storage: str = "plain") -> None:
+        check_storage(storage)
+        layers = range(config.num_hidden_layers)
+        self.layers = [LayerCache(config, i, max_rewind, storage) for i in layers]
+        self.storage = storage
         self.layer_class_to_replicate = None
         self.offloading = False
         self.max_rewind = max_rewind
@@ -147,6 +181,11 @@ class Dsv4Cache(Cache):
 
     def begin(self, batch: int, device: torch.device) -> RowState:
         """The row state before a pass over `batch` rows."""
+        if self.storage == "packed" and torch.is_grad_enabled():
+            raise ValueError(
+                'storage="packed" has no gradients: wanted torch.no_grad() around the pass, or in '
+                'training a cache with storage="plain"'
+            )
         if self._open:
             raise ValueError(
                 "past_key_values: the last pass with this cache did not finish and has overwritten "
@@ -261,6 +300,13 @@ class Dsv4Cache(Cache):
     def memory_bytes(self) -> int:
         """Bytes held by all stores."""
         return sum(s.data.nbytes for _, s in self.named_stores() if s.data is not None)
+
+    @staticmethod
+    def bytes_per_token(
+        config: Dsv4Config, storage: str = "plain", dtype: torch.dtype = torch.bfloat16
+    ) -> float:
+        """Bytes that every further token adds to a cache over a model of `dtype`."""
+        return bytes_per_token(config, storage, dtype)
 
     def named_stores(self) -> Iterator[tuple[str, Ring | Rows]]:
         """All stores of all layers by name, empty ones too."""

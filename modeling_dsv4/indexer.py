@@ -18,6 +18,7 @@ from torch import nn
 
 from . import ops
 from .cache import LayerCache
+from .cache_storage import CachedRows
 from .compressor import Compressor
 from .configuration_dsv4 import Dsv4Config
 from .layers import RMSNorm
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # Scores of one block of queries may take this many float32 numbers (64 MiB).
 _BLOCK_NUMBERS = 1 << 24
+# Keys read at a time: of packed ones no more become numbers at once.
+_KEY_TILE = 4096
 
 
 class Selection(NamedTuple):
@@ -83,7 +86,7 @@ class Indexer(nn.Module):
         self,
         hidden_states: torch.Tensor,
         q_latent: torch.Tensor,
-        keys: torch.Tensor,
+        keys: CachedRows,
         turn: torch.Tensor,
         segments: Segments,
         before: Selection,
@@ -123,14 +126,16 @@ class Indexer(nn.Module):
         return Selection(torch.cat(ids, 1), torch.cat(blocks, 1) if blocks else candidates)
 
     def _scores(
-        self, x: torch.Tensor, q_latent: torch.Tensor, keys: torch.Tensor, turn: torch.Tensor
+        self, x: torch.Tensor, q_latent: torch.Tensor, keys: CachedRows, turn: torch.Tensor
     ) -> torch.Tensor:
         query = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
         query = rotate(query, turn[:, :, None])
         if self.rounding is not None:
             query = self.rounding.index(query)
         weight = ops.fp32(self.weights_proj(x)) * (self.channels * self.heads) ** -0.5
-        return ops.index_scores(query, keys, weight)
+        starts = range(0, keys.shape[1], _KEY_TILE)
+        tiles = [ops.index_scores(query, keys[:, at : at + _KEY_TILE], weight) for at in starts]
+        return torch.cat(tiles, -1)
 
     def _candidates(self, scores: torch.Tensor, windows: Windows, part: slice) -> torch.Tensor:
         """The best blocks of entries of every query: [B, s, blocks] int32, -1 = none.

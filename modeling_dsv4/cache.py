@@ -15,10 +15,12 @@ Rows of a batch may stand at different lengths.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from transformers.cache_utils import Cache
 
+from . import cache_files
 from .cache_storage import (
     PackedRows,
     RowCodec,
@@ -60,6 +62,16 @@ class Ring:
         slot = (segments.state.seen[:, None] + column) % self.capacity
         self.data[batch[real], slot[real]] = x[batch[real], column[real]]
 
+    def held(self) -> torch.Tensor | None:
+        """All that a file must keep; None while empty."""
+        return self.data
+
+    def restore(self, data: torch.Tensor) -> None:
+        """Take what `held` gave."""
+        if data.shape[1] != self.capacity:
+            raise ValueError(f"wanted {self.capacity} slots of a ring, got {list(data.shape)}")
+        self.data = data
+
 
 class Rows:
     """Entries appended per row: [B, capacity, ...], grown by half when full."""
@@ -94,6 +106,14 @@ class Rows:
         self.data[batch, to] = new[batch, at].detach()
         self.length = length
         return out
+
+    def held(self) -> torch.Tensor | None:
+        """All that a file must keep, without room to grow; None while empty."""
+        return None if self.data is None else self.data[:, : self.length]
+
+    def restore(self, data: torch.Tensor) -> None:
+        """Take what `held` gave."""
+        self.data, self.length = data, data.shape[1]
 
     def _hold(self, new: torch.Tensor) -> None:
         self.data, self.length = new.clone(), new.shape[1]
@@ -165,7 +185,7 @@ class Dsv4Cache(Cache):
         check_storage(storage)
         layers = range(config.num_hidden_layers)
         self.layers = [LayerCache(config, i, max_rewind, storage) for i in layers]
-        self.storage = storage
+        self.config, self.storage = config, storage
         self.layer_class_to_replicate = None
         self.offloading = False
         self.max_rewind = max_rewind
@@ -224,6 +244,11 @@ class Dsv4Cache(Cache):
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         """No limit."""
         return -1
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last pass went through all layers; if not, only `reset` helps."""
+        return not self._open
 
     @property
     def is_initialized(self) -> bool:
@@ -296,6 +321,40 @@ class Dsv4Cache(Cache):
         if self.state is not None:
             rows = torch.arange(self.max_batch_size, device=self.state.seen.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def save(self, path: str | Path, input_ids: torch.Tensor | None = None) -> None:
+        """Write the cache to one file, from which `load` continues bit for bit.
+
+        Args:
+            path: written beside and renamed.
+            input_ids: [B, columns] what the cache has read, so that `load` can compare; their
+                SHA-256 is kept, not the text. The cache itself holds the text's content.
+
+        Raises:
+            ValueError: nothing read yet, a pass that did not finish, ids of another shape.
+        """
+        cache_files.save(self, path, input_ids)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        config: Dsv4Config,
+        input_ids: torch.Tensor | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Dsv4Cache:
+        """Read a cache that `save` wrote, for the model that made it.
+
+        Args:
+            path: the file.
+            config: the model's; must agree with the one saved. Weights are not compared.
+            input_ids: [B, >= columns]; refused unless they begin with what was saved.
+            device: where the cache is to lie.
+
+        Raises:
+            ValueError: a truncated or foreign file, another configuration, other ids.
+        """
+        return cache_files.load(cls, path, config, input_ids, device)
 
     def memory_bytes(self) -> int:
         """Bytes held by all stores."""

@@ -26,6 +26,7 @@ from torch import nn
 
 from . import ops
 from .cache import LayerCache
+from .cache_storage import CachedRows
 from .compressor import Compressor
 from .configuration_dsv4 import Dsv4Config
 from .indexer import Indexer, Selection, visible
@@ -52,8 +53,8 @@ class Shared(NamedTuple):
     of the last index source (see `Selection`).
     """
 
-    entries: torch.Tensor | None = None
-    index_keys: torch.Tensor | None = None
+    entries: CachedRows | None = None
+    index_keys: CachedRows | None = None
     ids: torch.Tensor | None = None
     candidates: torch.Tensor | None = None
 
@@ -147,15 +148,16 @@ class Dsv4Attention(Float32Parameters):
         windows = segments.windows(self.ratio)
         past = segments.state.entries.get(self.ratio)
         latents = self.compressor(hidden_states, segments, None if cache is None else cache.pool)
-        entries = rotate(latents, rotation(windows.position, self.config, compressed=True))
+        new = rotate(latents, rotation(windows.position, self.config, compressed=True))
         if self.rounding is not None:
-            entries = self.rounding.entry(entries)
-        keys = None
+            new = self.rounding.entry(new)
+        entries: CachedRows = new
+        keys: CachedRows | None = None
         if self.indexer is not None:
             keys = self.indexer.new_keys(hidden_states, latents, segments, cache)
         if cache is not None:
-            entries = cache.entries.extend(entries, past, windows.count)
-            if keys is not None:
+            entries = cache.entries.extend(new, past, windows.count)
+            if isinstance(keys, torch.Tensor):
                 keys = cache.index_keys.extend(keys, past, windows.count)
         return Shared(entries, keys)
 
@@ -180,7 +182,7 @@ class Dsv4Attention(Float32Parameters):
         # Key x stands at row index seen + x - past.
         first = segments.start - state.seen[:, None] + past  # [B, S]
         entries, ids = self._readable(shared)
-        if use_triton(self.kernels, q):
+        if isinstance(entries, torch.Tensor | None) and use_triton(self.kernels, q):
             return self._attend_by_kernel(q, k, entries, ids, first, segments, turn)
         out = []
         for part in self._blocks(q, entries, ids):
@@ -218,7 +220,7 @@ class Dsv4Attention(Float32Parameters):
         reads = Reads(first, ids, begin, end, past, self.config.sliding_window)
         return attend(q, k, entries, self.sinks, self.scaling, reads, turn)
 
-    def _readable(self, shared: Shared) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _readable(self, shared: Shared) -> tuple[CachedRows | None, torch.Tensor | None]:
         """Entries this layer may read, and which of them each query chose (None: all it sees)."""
         if not self.ratio or shared.entries is None or shared.entries.shape[1] == 0:
             return None, None
@@ -226,7 +228,7 @@ class Dsv4Attention(Float32Parameters):
 
     def _entries_of(
         self,
-        entries: torch.Tensor | None,
+        entries: CachedRows | None,
         ids: torch.Tensor | None,
         segments: Segments,
         part: slice,
@@ -237,14 +239,14 @@ class Dsv4Attention(Float32Parameters):
             chosen = ids[:, part]
             if entries.shape[1] > _DENSE_UP_TO * ids.shape[2]:
                 return ops.gather_entries(entries, chosen), chosen >= 0
-            return entries, ops.chosen_mask(chosen, entries.shape[1])
+            return entries[:, :], ops.chosen_mask(chosen, entries.shape[1])
         upto = int(segments.windows(self.ratio).upto[:, part].max())
         if upto == 0:
             return None, None
         return entries[:, :upto], visible(segments.windows(self.ratio), part, upto)
 
     def _blocks(
-        self, q: torch.Tensor, entries: torch.Tensor | None, ids: torch.Tensor | None
+        self, q: torch.Tensor, entries: CachedRows | None, ids: torch.Tensor | None
     ) -> list[slice]:
         """Blocks of queries whose scores and gathered entries fit the budget."""
         b, s, h, c = q.shape

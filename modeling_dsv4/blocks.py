@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from . import hyper_ops
 from .attention import Dsv4Attention, Shared
 from .cache import LayerCache
+from .cache_storage import CachedRows
 from .configuration_dsv4 import Dsv4Config
 from .engram import Engram
 from .hyper_connection import HyperConnection, HyperHead
@@ -63,13 +64,13 @@ class Dsv4DecoderLayer(GradientCheckpointingLayer):
         self,
         streams: torch.Tensor,
         pre: torch.Tensor,
-        entries: torch.Tensor | None,
-        index_keys: torch.Tensor | None,
+        entries: CachedRows | None,
+        index_keys: CachedRows | None,
         ids: torch.Tensor | None,
         candidates: torch.Tensor | None,
         told: Pass,
         cache: LayerCache | None = None,
-    ) -> tuple[torch.Tensor | None, ...]:
+    ) -> tuple[CachedRows | None, ...]:
         """Pass streams [B, S, N, D] through the layer.
 
         `pre` [B, S, N] is the coefficient handed on by the site before; two-pass models hand it
@@ -158,5 +159,5 @@ class Dsv4DraftStage(Dsv4DecoderLayer):
             self.markov_head = MarkovHead(config)
             self.confidence_head = ConfidenceHead(config)
 
-    def forward(self, *args: object, **kwargs: object) -> tuple[torch.Tensor | None, ...]:
+    def forward(self, *args: object, **kwargs: object) -> tuple[CachedRows | None, ...]:
         raise NotImplementedError("draft heads load and save; decoding with them is not built yet")

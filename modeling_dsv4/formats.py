@@ -4,18 +4,18 @@
 | format | bits | values | scale |
 |---|---|---|---|
 | E4M3 (`fn`) | 8 | up to 448, no infinities, 0x7f and 0xff are NaN | one E8M0 per block |
-| E2M1 | 4 | 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives | one E8M0 per 32 of a row |
+| E2M1 | 4 | 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives | E8M0 per 32 of a row, or E4M3 per 16 |
 | E8M0 | 8 | byte b is 2^(b - 127), 255 is NaN | |
 
-Scales are powers of two, `2^ceil(log2(amax / largest))`, so a weight is a short mantissa times a
-power of two: exact in bfloat16, and nothing is lost by computing in any wider type. The exponent
-is read from the bits of amax; a logarithm in floating point would be wrong next to the powers.
+Scales in E8M0 are `2^ceil(log2(amax / largest))`, so a weight is a short mantissa times a power of
+two: exact in bfloat16, and nothing is lost by computing in any wider type. The exponent is read
+from the bits of amax; a logarithm in floating point would be wrong next to the powers.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ import torch
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 FP4_GROUP = 32
+FP4_E4M3_GROUP = 16
 # Magnitudes by code; bit 3 of a code is the sign.
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -85,7 +86,7 @@ def _block_amax(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     for part, at in _blocks(x, rows, columns):
         amax[at] = part.abs().amax(dim=(-3, -1))
     if not amax.isfinite().all():
-        raise ValueError("wanted finite weights to quantize, got infinities or NaN")
+        raise ValueError("wanted finite numbers to quantize, got infinities or NaN")
     return amax
 
 
@@ -209,12 +210,16 @@ def pack_fp4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         Codes [..., R, K / 2] uint8, the even column in the low nibble, and scales
         [..., R, ceil(K / 32)] float8_e8m0fnu.
     """
-    if w.shape[-1] % 2:
-        raise ValueError(f"wanted rows of an even length for FP4 codes, got {list(w.shape)}")
+    _check_even(w)
     k = w.shape[-1]
     packed = [_pack_fp4_rows(part) for part in w.detach().reshape(-1, k).split(_PACK_ROWS)]
     codes, scale = (torch.cat(parts) for parts in zip(*packed, strict=True))
     return codes.view(*w.shape[:-1], k // 2), scale.view(*w.shape[:-1], -1)
+
+
+def _check_even(w: torch.Tensor) -> None:
+    if w.shape[-1] % 2:
+        raise ValueError(f"wanted rows of an even length for FP4 codes, got {list(w.shape)}")
 
 
 def _pack_fp4_rows(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,10 +231,37 @@ def _pack_fp4_rows(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def unpack_fp4(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Inverse of `pack_fp4`: [..., R, K] in `dtype`, exact from bfloat16 upwards."""
+    """Inverse of `pack_fp4` and `pack_fp4_e4m3`: [..., R, K] in `dtype`, exact from bfloat16 up."""
     work = _working(dtype)
+    group = FP4_E4M3_GROUP if scale.dtype == torch.float8_e4m3fn else FP4_GROUP
     w = _look_up(codes.view(torch.uint8), True, work)
-    return _scale_blocks_(w, scale.to(work), 1, FP4_GROUP).to(dtype)
+    return _scale_blocks_(w, scale.to(work), 1, group).to(dtype)
+
+
+def _e4m3_scale(amax: torch.Tensor) -> torch.Tensor:
+    """`max(amax, 6 * 2^-9) / 6` of float32 amax, rounded to float8_e4m3fn."""
+    scale = amax.clamp(min=_FP4_E4M3_FLOOR) / E2M1_MAX
+    # Casts beyond 448 saturate on some devices and give NaN on others.
+    return scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def pack_fp4_e4m3(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round [..., R, K] to E2M1 with one E4M3 scale per 16 of a row; K even.
+
+    What `simulate_fp4_e4m3` gave is kept bit for bit.
+
+    Returns:
+        Codes [..., R, K / 2] uint8, the even column in the low nibble, and scales
+        [..., R, ceil(K / 16)] float8_e4m3fn.
+    """
+    _check_even(w)
+    w = w.detach().float()
+    amax = _block_amax(w, 1, FP4_E4M3_GROUP)
+    # Scales that small are whole steps apart: rounding amax = 1.5 to 1.67 steps of 6 gives two
+    # steps and 4 for the largest code, from which dividing by 6 would not find two steps again.
+    scale = torch.where(amax == 2.0**-6, 2.0**-8, _e4m3_scale(amax).float())
+    codes = _e2m1_codes(w / scale.repeat_interleave(FP4_E4M3_GROUP, -1)[..., : w.shape[-1]])
+    return codes[..., 0::2] | (codes[..., 1::2] << 4), scale.to(torch.float8_e4m3fn)
 
 
 def fp4_to_fp8_block(
@@ -302,9 +334,7 @@ def _round_fp4(x: torch.Tensor) -> torch.Tensor:
 
 
 def _round_fp4_e4m3(x: torch.Tensor) -> torch.Tensor:
-    s = _amax(x).clamp_(min=_FP4_E4M3_FLOOR) / E2M1_MAX
-    # Casts beyond 448 saturate on some devices and give NaN on others.
-    s = s.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+    s = _e4m3_scale(_amax(x)).float()
     return _e2m1_round(x / s) * s
 
 
@@ -318,7 +348,7 @@ def simulate_fp4(x: torch.Tensor, group: int = FP4_GROUP) -> torch.Tensor:
     return _StraightThrough.apply(x, _round_fp4, group)
 
 
-def simulate_fp4_e4m3(x: torch.Tensor, group: int = 16) -> torch.Tensor:
+def simulate_fp4_e4m3(x: torch.Tensor, group: int = FP4_E4M3_GROUP) -> torch.Tensor:
     """Round [..., C] to E2M1 and back, one E4M3 scale (no power of two) per `group` channels."""
     return _StraightThrough.apply(x, _round_fp4_e4m3, group)
 
@@ -404,10 +434,11 @@ def get_format(name: str | WeightFormat) -> WeightFormat:
     return _FORMATS[name]
 
 
-def _fp4_parts(shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
+def _fp4_parts(
+    shape: Shape, scale: torch.dtype = torch.float8_e8m0fnu, group: int = FP4_GROUP
+) -> dict[str, tuple[torch.dtype, Shape]]:
     *rows, k = shape
-    scale = (*rows, -(-k // FP4_GROUP))
-    return {"": (torch.uint8, (*rows, k // 2)), "_scale": (torch.float8_e8m0fnu, scale)}
+    return {"": (torch.uint8, (*rows, k // 2)), "_scale": (scale, (*rows, -(-k // group)))}
 
 
 @functools.cache
@@ -429,6 +460,22 @@ def fp8_block_format(block: int) -> WeightFormat:
     )
 
 
+@functools.cache
+def fp8_rows_format(group: int) -> WeightFormat:
+    """The format of E4M3 rows with one E8M0 scale a group, for any group."""
+    return WeightFormat(
+        name=f"fp8_rows{group}",
+        bits=8,
+        group=group,
+        parts=lambda shape: {
+            "": (torch.float8_e4m3fn, shape),
+            "_scale": (torch.float8_e8m0fnu, _grid(shape, 1, group)),
+        },
+        pack=lambda w: dict(zip(("", "_scale"), quantize_fp8_rows(w, group), strict=True)),
+        unpack=lambda p, dtype: dequantize_fp8_rows(p[""], p["_scale"], dtype, group),
+    )
+
+
 FP4 = register_format(
     WeightFormat(
         name="fp4",
@@ -439,18 +486,14 @@ FP4 = register_format(
         unpack=lambda p, dtype: unpack_fp4(p[""], p["_scale"], dtype),
     )
 )
+# Not registered: activations are kept in it, no checkpoint's weights.
+FP4_E4M3 = replace(
+    FP4,
+    name="fp4_e4m3",
+    group=FP4_E4M3_GROUP,
+    parts=lambda shape: _fp4_parts(shape, torch.float8_e4m3fn, FP4_E4M3_GROUP),
+    pack=lambda w: dict(zip(("", "_scale"), pack_fp4_e4m3(w), strict=True)),
+)
 FP8_BLOCK128 = register_format(fp8_block_format(128))
 FP8_BLOCK32 = register_format(fp8_block_format(32))
-FP8_ROWS32 = register_format(
-    WeightFormat(
-        name="fp8_rows32",
-        bits=8,
-        group=32,
-        parts=lambda shape: {
-            "": (torch.float8_e4m3fn, shape),
-            "_scale": (torch.float8_e8m0fnu, _grid(shape, 1, 32)),
-        },
-        pack=lambda w: dict(zip(("", "_scale"), quantize_fp8_rows(w), strict=True)),
-        unpack=lambda p, dtype: dequantize_fp8_rows(p[""], p["_scale"], dtype),
-    )
-)
+FP8_ROWS32 = register_format(fp8_rows_format(32))

@@ -20,6 +20,7 @@ from torch import nn
 
 from . import ops
 from .cache import LayerCache
+from .cache_storage import CachedRows
 from .compressor import Compressor
 from .configuration_dsv4 import Dsv4Config
 from .kernel_choice import use_triton
@@ -94,7 +95,7 @@ class Indexer(nn.Module):
         self,
         hidden_states: torch.Tensor,
         q_latent: torch.Tensor,
-        keys: torch.Tensor,
+        keys: CachedRows,
         turn: torch.Tensor,
         segments: Segments,
         before: Selection,
@@ -116,7 +117,7 @@ class Indexer(nn.Module):
         k = min(self.config.index_topk, entries)
         if entries == k and not narrows and before.candidates is None:
             return Selection(None)
-        if use_triton(self.kernels, keys):
+        if isinstance(keys, torch.Tensor) and use_triton(self.kernels, keys):
             keep = self.config.candidate_topk_blocks if narrows else 0
             asks = (hidden_states, q_latent, turn)
             return self._choose_by_kernel(asks, keys, windows, k, before.candidates, keep)
@@ -177,7 +178,7 @@ class Indexer(nn.Module):
         self,
         query: torch.Tensor,
         weight: torch.Tensor,
-        keys: torch.Tensor,
+        keys: CachedRows,
         windows: Windows,
         span: Span,
     ) -> torch.Tensor:
@@ -198,7 +199,7 @@ class Indexer(nn.Module):
         self,
         query: torch.Tensor,
         weight: torch.Tensor,
-        keys: torch.Tensor,
+        keys: CachedRows,
         windows: Windows,
         span: Span,
         candidates: torch.Tensor,

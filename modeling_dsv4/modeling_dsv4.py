@@ -454,7 +454,9 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
                 "its own cache; leave the argument out, or pass past_key_values=Dsv4Cache(config)"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = Dsv4Cache(self.config)
+            # A draft that was looked up in the prompt may be taken back as a whole.
+            drafted = generation_config.prompt_lookup_num_tokens or 0
+            model_kwargs["past_key_values"] = Dsv4Cache(self.config, max(64, drafted))
 
 
 def _refuse_images(kwargs: dict[str, object]) -> None:

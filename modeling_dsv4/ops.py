@@ -4,13 +4,18 @@
 Each reads like its equation. Fast twins on a GPU are chosen here and nowhere else.
 """
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .kernel_choice import use_triton
+
+if TYPE_CHECKING:
+    from .cache_storage import CachedRows
 
 
 def fp32(x: torch.Tensor) -> torch.Tensor:
@@ -251,8 +256,10 @@ def sink_attention(
     return o.to(q.dtype)
 
 
-def gather_entries(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def gather_entries(entries: CachedRows, ids: torch.Tensor) -> torch.Tensor:
     """Rows of [B, T, C] by ids [B, S, K] (negative ids give row 0) -> [B, S, K, C]."""
+    if not isinstance(entries, torch.Tensor):
+        return entries.take(ids)
     b, t, c = entries.shape
     base = torch.arange(b, device=ids.device).view(b, 1, 1) * t
     # An embedding look-up: its backward adds rows in parallel, that of indexing does not.

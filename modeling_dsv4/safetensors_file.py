@@ -196,6 +196,7 @@ def write_file(
     path: Path,
     entries: Mapping[str, tuple[str, tuple[int, ...]]],
     get: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write one safetensors file, asking for its tensors one after the other.
 
@@ -203,10 +204,11 @@ def write_file(
         path: the file; it is written in place, so give a temporary name and rename.
         entries: {name: (safetensors dtype, shape)}.
         get: name -> tensor of that dtype and shape.
+        metadata: what else the header says.
     """
     # Wide types first, so that every tensor is aligned to its own element size.
     names = sorted(entries, key=lambda name: (-DTYPES[entries[name][0]].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name in names:
         dtype, shape = entries[name]

@@ -83,6 +83,16 @@ def test_beams_are_those_of_full_passes(model: Any, beams: int) -> None:
     assert not torch.equal(texts[0][::2], _greedy(model, ids))
 
 
+def test_beams_of_unequal_prompts_are_those_of_full_passes(model: Any) -> None:
+    ids, mask = _ids(18, batch=2), torch.ones(2, 18, dtype=torch.long)
+    mask[1, :7] = 0
+    texts = [
+        _greedy(model, ids, attention_mask=mask, num_beams=3, max_new_tokens=8, use_cache=cached)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*texts)
+
+
 def test_a_seed_gives_the_same_text_twice_with_and_without_a_cache(model: Any) -> None:
     ids, texts = _ids(18, batch=2), []
     for cached in (True, True, False):
@@ -129,6 +139,43 @@ def test_a_draft_model_changes_no_token(model: Any, tiny: Callable[..., Any]) ->
     helper.generation_config.eos_token_id = None
     ids = _ids(20)
     assert torch.equal(_greedy(model, ids, assistant_model=helper), _greedy(model, ids))
+
+
+def test_drafts_behind_a_padded_prompt_change_no_token(
+    model: Any, tiny: Callable[..., Any]
+) -> None:
+    ids = _ids(9).repeat(1, 4)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 8}
+    expected = _greedy(model, ids, **settings)
+    helper = tiny("v41" if model.config.engram_layer_ids else "v4", torch.float64)
+    with torch.no_grad():
+        helper.lm_head.weight += 0.3 * torch.randn_like(helper.lm_head.weight)
+    for draft in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": helper}):
+        assert torch.equal(_greedy(model, ids, **settings, **draft), expected)
+
+
+def test_drafts_longer_than_the_default_rewind_change_no_token(model: Any) -> None:
+    # A text that repeats itself, which the model does not: nearly all of 90 tokens are taken back.
+    ids = _ids(100).repeat(1, 2)
+    expected = _greedy(model, ids, max_new_tokens=3)
+    more = {"max_new_tokens": 95, "eos_token_id": int(expected[0, -1])}
+    found = _greedy(model, ids, prompt_lookup_num_tokens=90, **more)
+    assert found.shape[1] <= 3 and torch.equal(found, expected[:, : found.shape[1]])
+
+
+def test_one_prompt_is_read_once_for_several_questions(model: Any) -> None:
+    prompt, cache = _ids(23), Dsv4Cache(model.config)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+    cache.batch_repeat_interleave(4)
+    cache.batch_select_indices(torch.tensor([0, 2, 3]))
+    ids = torch.cat((prompt.expand(3, -1), _ids(4, batch=3)), 1)
+    found = _greedy(model, ids, past_key_values=cache, max_new_tokens=8)
+    for row in range(3):
+        alone = _greedy(model, ids[row : row + 1], max_new_tokens=8)
+        assert torch.equal(found[row : row + 1], alone)
 
 
 def test_a_cache_is_handed_in_and_carries_on(model: Any) -> None:

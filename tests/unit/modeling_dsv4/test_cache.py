@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache: rings that wrap, rows that grow, and everything that moves or takes back tokens."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,37 @@ def test_cropping_equals_never_having_been_there(model: Any, back: int) -> None:
     torch.testing.assert_close(_next(model, other, cache), _next(model, other, fresh), **EXACT)
 
 
+@torch.no_grad()
+def test_cropping_crosses_every_border_of_windows_and_rings(model: Any) -> None:
+    # Ratios are 1, 2, 4 and 8, the window is 8; rings of 71 tokens and less have wrapped.
+    ids = _ids(1, 104)
+    full, prefix = model(ids).logits, _feed(model, ids[:, :80])
+    for back in range(1, 18):
+        cache = copy.deepcopy(prefix)
+        _next(model, ids[:, 80:85], cache)
+        _next(model, _ids(1, back), cache)
+        cache.crop(-back)
+        found = _next(model, ids[:, 85:88], cache)
+        torch.testing.assert_close(found, full[:, 85:88], **EXACT)
+
+
+@torch.no_grad()
+def test_cropping_twice_reaches_no_further_than_cropping_once(model: Any) -> None:
+    ids, other = _ids(2, 200), _ids(2, 30)
+    cache = _feed(model, ids)
+    cache.crop(-40)
+    cache.crop(-24)
+    with pytest.raises(ValueError, match="take back 1 tokens, this cache can take back 0"):
+        cache.crop(-1)
+    # What is read from here on can be taken back again, and no more.
+    _next(model, other, cache)
+    with pytest.raises(ValueError, match="take back 31 tokens, this cache can take back 30"):
+        cache.crop(-31)
+    cache.crop(-30)
+    expected = _next(model, other, _feed(model, ids[:, :136]))
+    torch.testing.assert_close(_next(model, other, cache), expected, **EXACT)
+
+
 def test_cropping_again_and_again_keeps_the_rest(model: Any) -> None:
     ids, cache, length = _ids(1, 40), None, 0
     kept: list[int] = []
@@ -141,17 +173,41 @@ def test_a_cache_says_how_far_it_can_be_rewound(model: Any) -> None:
 
 
 @torch.no_grad()
-def test_cropping_stops_at_pads_and_at_borders_of_documents(model: Any) -> None:
-    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
-    cache = model(_ids(2, 9), attention_mask=mask, use_cache=True).past_key_values
-    cache = _feed(model, _ids(2, 3), cache)
+def test_cropping_stops_at_pads(model: Any) -> None:
+    ids, mask = _ids(2, 9), torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+    cache, other = model(ids, attention_mask=mask, use_cache=True).past_key_values, _ids(2, 3)
+    _next(model, other, cache)
+    # The shorter row's first token stays: with it, 3 + 4 can be taken back.
+    with pytest.raises(ValueError, match="take back 8 tokens, this cache can take back 7"):
+        cache.crop(-8)
+    cache.crop(-7)
+    found = _next(model, other, cache)
+    for row, text in enumerate((ids[:1, :5], ids[1:, 4:5])):
+        expected = _next(model, other[row : row + 1], _feed(model, text))
+        torch.testing.assert_close(found[row : row + 1], expected, **EXACT)
+
+
+@torch.no_grad()
+def test_pads_behind_and_inside_cannot_be_cropped(model: Any) -> None:
+    for pads, back in (([1] * 8 + [0], 1), ([1, 1, 0, 1, 1, 0, 1, 1, 1], 4)):
+        mask, ids = torch.ones(2, 9, dtype=torch.long), _ids(2, 9)
+        mask[1] = torch.tensor(pads)
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        message = f"take back {back} tokens, this cache can take back {back - 1}"
+        with pytest.raises(ValueError, match=message):
+            cache.crop(-back)
+
+
+@torch.no_grad()
+def test_cropping_stops_at_borders_of_documents(model: Any) -> None:
+    ids, other = _ids(1, 13), _ids(1, 5)
+    positions = torch.tensor([[*range(9), *range(4)]])
+    cache = model(ids, position_ids=positions, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="take back 4 tokens, this cache can take back 3"):
+        cache.crop(-4)
     cache.crop(-3)
-    with pytest.raises(ValueError, match="take back 1 tokens, this cache can take back 0"):
-        cache.crop(-1)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1]])
-    cache = model(_ids(1, 6), position_ids=positions, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="take back"):
-        cache.crop(-2)
+    expected = _next(model, other, _feed(model, ids[:, 9:10]))
+    torch.testing.assert_close(_next(model, other, cache), expected, **EXACT)
 
 
 def test_cropping_everything_is_a_new_beginning(model: Any) -> None:
@@ -199,6 +255,11 @@ def test_repeated_rows_part_ways(model: Any) -> None:
         torch.testing.assert_close(found[row : row + 1], alone, **EXACT)
 
 
+def test_a_cache_can_be_rolled_back_as_far_as_generate_asks(model: Any) -> None:
+    # What `generate` asks before it lets a step run ahead of the stopping rule.
+    assert Dsv4Cache(model.config).is_croppable
+
+
 def test_another_batch_size_is_refused(model: Any) -> None:
     cache = _feed(model, _ids(2, 5))
     with pytest.raises(ValueError, match="holds 2 rows, the input has 3"):
@@ -211,7 +272,7 @@ def test_another_batch_size_is_refused(model: Any) -> None:
 
 
 def _poison(cache: Dsv4Cache) -> None:
-    for store in cache._stores():
+    for _, store in cache.named_stores():
         if store.data is not None and store.data.is_floating_point():
             store.data.fill_(torch.nan)
 
@@ -229,7 +290,7 @@ def test_a_reset_cache_forgets_everything(model: Any) -> None:
 def test_slots_that_hold_no_token_yet_are_never_read(model: Any) -> None:
     ids = _ids(1, 20)
     cache = _feed(model, ids[:, :3])
-    for store in cache._stores():
+    for _, store in cache.named_stores():
         data = store.data
         if isinstance(store, Ring) and data is not None and data.is_floating_point():
             data[:, 3:] = 1e30
@@ -254,6 +315,7 @@ def test_a_pass_that_failed_halfway_spoils_no_later_one(
     # Its tokens have overwritten older ones by now: to go on would be silently wrong.
     with pytest.raises(ValueError, match="did not finish"):
         _next(model, more, cache)
+    _poison(cache)
     cache.reset()
     expected = _next(model, more, Dsv4Cache(model.config))
     torch.testing.assert_close(_next(model, more, cache), expected, **EXACT)

@@ -163,6 +163,7 @@ def test_amax_has_a_floor_and_zero_blocks_stay_zero() -> None:
         formats.simulate_fp4(x),
         formats.simulate_fp4_e4m3(x),
         formats.unpack_fp4(*formats.pack_fp4(x), torch.float32),
+        formats.unpack_fp4(*formats.pack_fp4_e4m3(x), torch.float32),
         formats.dequantize_fp8_block(*formats.quantize_fp8_block(x, 32), 32, torch.float32),
     ):
         assert torch.equal(rounded, x)
@@ -189,6 +190,36 @@ def test_e4m3_scales_are_no_powers_of_two_and_clamp_instead_of_becoming_nan() ->
     assert formats.simulate_fp4_e4m3(x)[0, 0] == 6 * 1.375
     huge = torch.full((1, 16), 1e5)
     assert torch.equal(formats.simulate_fp4_e4m3(huge), torch.full((1, 16), 6 * 448.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_packing_what_the_simulations_gave_changes_no_bit(dtype: torch.dtype) -> None:
+    # All magnitudes: beneath the floors, where E4M3 scales are whole steps apart, and saturated.
+    x = torch.randn(20000, 64) * torch.exp2(torch.rand(20000, 1) * 40 - 25)
+    x = x.to(dtype)
+    e4m3 = formats.simulate_fp4_e4m3(x)
+    assert (e4m3.unflatten(-1, (-1, 16)).abs().amax(-1) == 2.0**-6).any()
+    for rounded, found in (
+        (e4m3, formats.unpack_fp4(*formats.pack_fp4_e4m3(e4m3), dtype)),
+        (y := formats.simulate_fp4(x), formats.unpack_fp4(*formats.pack_fp4(y), dtype)),
+        (
+            y := formats.simulate_fp8(x, 64),
+            formats.dequantize_fp8_rows(*formats.quantize_fp8_rows(y, 64), dtype, 64),
+        ),
+    ):
+        assert torch.equal(found, rounded)
+        assert torch.equal(found.signbit(), rounded.signbit())
+
+
+def test_a_partial_group_has_an_e4m3_scale_of_its_own() -> None:
+    x = torch.randn(5, 38)
+    x[:, 32:] *= 100
+    codes, scale = formats.pack_fp4_e4m3(x)
+    assert codes.shape == (5, 19) and scale.shape == (5, 3)
+    wide = formats.simulate_fp4_e4m3(torch.nn.functional.pad(x, (0, 10)))[:, :38]
+    assert torch.equal(formats.unpack_fp4(codes, scale, torch.float32), wide)
+    with pytest.raises(ValueError, match="even length"):
+        formats.pack_fp4_e4m3(x[:, :37])
 
 
 def test_tiny_and_huge_blocks_round_without_overflow() -> None:
@@ -377,8 +408,8 @@ def test_hadamard_is_its_own_inverse_and_keeps_norms() -> None:
 NAMES = ["fp4", "fp8_block128", "fp8_block32", "fp8_rows32"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_format_packs_the_parts_it_announces(name: str) -> None:
+@pytest.mark.parametrize("name", [*NAMES, formats.FP4_E4M3, formats.fp8_rows_format(64)], ids=str)
+def test_a_format_packs_the_parts_it_announces(name: str | formats.WeightFormat) -> None:
     fmt = formats.get_format(name)
     w = torch.randn(3, 130, 192)
     packed = fmt.pack(w)

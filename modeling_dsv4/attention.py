@@ -30,6 +30,7 @@ from .compressor import Compressor
 from .configuration_dsv4 import Dsv4Config
 from .indexer import Indexer, Selection, visible
 from .layers import RMSNorm
+from .outputs import Reading
 from .precision import Float32Parameters
 from .rotary import rotate, rotation
 from .segments import Segments
@@ -95,7 +96,8 @@ class Dsv4Attention(Float32Parameters):
         turns: dict[bool, torch.Tensor],
         shared: Shared,
         cache: LayerCache | None = None,
-    ) -> tuple[torch.Tensor, Shared]:
+        record: bool = False,
+    ) -> tuple[torch.Tensor, Shared, torch.Tensor | None]:
         """Attend from [B, S, D] to window and entries.
 
         Args:
@@ -104,9 +106,10 @@ class Dsv4Attention(Float32Parameters):
             turns: rotation [B, S, R/2] of the positions, by whether the layer compresses.
             shared: entries and choices of the layers before.
             cache: this layer's stores, read and written; None starts from nothing.
+            record: also return the probabilities, see `outputs.py`.
 
         Returns:
-            [B, S, D], and what the next layer is handed.
+            [B, S, D], what the next layer is handed, and [B, H, S, keys + T] or None.
         """
         turn = turns[self.ratio > 0]
         q_latent = self.q_a_norm(self.q_a_proj(hidden_states))
@@ -119,11 +122,11 @@ class Dsv4Attention(Float32Parameters):
             k = self.rounding.key(k)
         if self.ratio:
             shared = self._compress(hidden_states, q_latent, turn, segments, shared, cache)
-        out = self._attend(q, k, segments, shared, cache)
+        out, probabilities = self._attend(q, k, segments, shared, cache, record)
         # Values were rotated as keys; turning back at the query makes their part relative too.
         out = rotate(out, turn.conj()[:, :, None])
         out = self.o_a_proj(out.flatten(2).unflatten(-1, (self.groups, -1)))
-        return self.o_b_proj(out.flatten(2)), shared
+        return self.o_b_proj(out.flatten(2)), shared, probabilities
 
     def _compress(
         self,
@@ -167,7 +170,8 @@ class Dsv4Attention(Float32Parameters):
         segments: Segments,
         shared: Shared,
         cache: LayerCache | None,
-    ) -> torch.Tensor:
+        record: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         w, state = self.config.sliding_window, segments.state
         past = 0
         if cache is not None:
@@ -177,23 +181,68 @@ class Dsv4Attention(Float32Parameters):
                 keys = torch.cat((cache.window.tail(state.seen, past, k), k), dim=1)
             cache.window.write(k, segments)
             k = keys
-        # Key x stands at row index seen + x - past.
-        first = (segments.start - state.seen[:, None] + past)[..., None]  # [B, S, 1]
         entries, ids = self._readable(shared)
+        blocks = self._blocks(q, entries, ids)
+        reads = (self._read(part, k, past, entries, ids, segments) for part in blocks)
+        if not record:
+            return torch.cat([self._mix(q, read) for read in reads], dim=1), None
+        count = 0 if entries is None else entries.shape[1]
+        return self._recorded(q, list(reads), k.shape[1], count)
+
+    def _read(
+        self,
+        part: slice,
+        k: torch.Tensor,
+        past: int,
+        entries: torch.Tensor | None,
+        ids: torch.Tensor | None,
+        segments: Segments,
+    ) -> Reading:
+        """Which keys and entries one block of queries reads."""
+        w = self.config.sliding_window
+        # Key x stands at row index seen + x - past.
+        first = (segments.start[:, part] - segments.state.seen[:, None] + past)[..., None]
+        low = max(part.start + past - w + 1, 0)
+        x = torch.arange(low, min(part.stop + past, k.shape[1]), device=k.device)
+        at = torch.arange(part.start, part.stop, device=k.device)[:, None] + past
+        keep = (x <= at) & (x > at - w) & (x >= first)
+        some, some_keep = self._entries_of(entries, ids, segments, part)
+        window = k[:, low : low + x.shape[0]]
+        gathered = ids is not None and some is not None and some.dim() == 4
+        chosen = ids[:, part] if ids is not None and gathered else None
+        return Reading(part, low, window, keep, some, some_keep, chosen)
+
+    def _mix(self, q: torch.Tensor, read: Reading) -> torch.Tensor:
+        attend = ops.fused_sink_attention if self._fuses(read) else ops.sink_attention
+        return attend(q[:, read.part], *read[2:6], self.sinks, self.scaling)
+
+    def _fuses(self, read: Reading) -> bool:
+        """Whether the fused kernels compute this: no entries of a query's own, no sinks to learn.
+
+        Those kernels take no mask that wants a gradient. Asked of the mode, not of autograd's:
+        checkpointing must compute the same with and without gradients.
+        """
+        learns = self.training and self.sinks.requires_grad
+        return self.config._attn_implementation == "sdpa" and read.ids is None and not learns
+
+    def _recorded(
+        self, q: torch.Tensor, reads: list[Reading], keys: int, entries: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The result bit for bit as without recording, and the probabilities it was read with."""
+        maps = []
+        for read in reads:
+            p = ops.sink_probabilities(q[:, read.part], *read[2:6], self.sinks, self.scaling)
+            maps.append(read.spread(p, keys, entries))
+        p = torch.cat(maps, dim=2)
         out = []
-        for part in self._blocks(q, entries, ids):
-            low = max(part.start + past - w + 1, 0)
-            x = torch.arange(low, min(part.stop + past, k.shape[1]), device=k.device)
-            at = torch.arange(part.start, part.stop, device=k.device)[:, None] + past
-            keep = (x <= at) & (x > at - w) & (x >= first[:, part])
-            some, some_keep = self._entries_of(entries, ids, segments, part)
-            near = k[:, low : low + x.shape[0]]
-            out.append(
-                ops.sink_attention(
-                    q[:, part], near, keep, some, some_keep, self.sinks, self.scaling
-                )
-            )
-        return torch.cat(out, dim=1)
+        for read in reads:
+            if self._fuses(read):
+                out.append(self._mix(q, read))
+            else:
+                # Read from what is returned, so that gradients reach the caller's tensor.
+                o = ops.read_values(read.collect(p, keys), read.window, read.entries)
+                out.append(o.to(q.dtype))
+        return torch.cat(out, dim=1), p
 
     def _readable(self, shared: Shared) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Entries this layer may read, and which of them each query chose (None: all it sees)."""

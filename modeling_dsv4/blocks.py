@@ -30,6 +30,7 @@ class Pass:
 
     `turns`: rotation of the positions by layer kind. `input_ids`, `token_types` [B, S] or None.
     `engram_rows[i]` [B, S, P] table rows of the i-th Engram layer. `live` [B, S]: false on images.
+    `attentions`: whether attention records its probabilities.
     """
 
     segments: Segments
@@ -38,6 +39,7 @@ class Pass:
     token_types: torch.Tensor | None = None
     engram_rows: torch.Tensor | None = None
     live: torch.Tensor | None = None
+    attentions: bool = False
 
 
 class Dsv4DecoderLayer(GradientCheckpointingLayer):
@@ -74,7 +76,8 @@ class Dsv4DecoderLayer(GradientCheckpointingLayer):
         activation checkpointing sees every tensor.
 
         Returns:
-            streams, pre, the four fields of `Shared`, and the router logits [B * S, E].
+            streams, pre, the four fields of `Shared`, the router logits [B * S, E], and
+            attention's probabilities or None.
         """
         if self.engram is not None:
             assert told.engram_rows is not None
@@ -82,16 +85,21 @@ class Dsv4DecoderLayer(GradientCheckpointingLayer):
             streams = self.engram(streams, rows, told.live)
         handed = Shared(entries, index_keys, ids, candidates)
 
-        def attend(x: torch.Tensor) -> tuple[torch.Tensor, Shared]:
+        def attend(
+            x: torch.Tensor,
+        ) -> tuple[torch.Tensor, tuple[Shared, torch.Tensor | None]]:
             x = self.input_layernorm(x)
-            return self.self_attn(x, told.segments, told.turns, handed, cache)
+            out, shared, probabilities = self.self_attn(
+                x, told.segments, told.turns, handed, cache, told.attentions
+            )
+            return out, (shared, probabilities)
 
         def think(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return self.mlp(self.post_attention_layernorm(x), told.input_ids, told.token_types)
 
-        streams, pre, shared = self._site(self.attn_hc, attend, streams, pre)
+        streams, pre, (shared, probabilities) = self._site(self.attn_hc, attend, streams, pre)
         streams, pre, router_logits = self._site(self.ffn_hc, think, streams, pre)
-        return streams, pre, *shared, router_logits
+        return streams, pre, *shared, router_logits, probabilities
 
     def _site(
         self,

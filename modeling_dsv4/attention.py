@@ -26,12 +26,13 @@ from torch import nn
 
 from . import ops
 from .cache import LayerCache
-from .cache_storage import CachedRows
+from .cache_storage import CachedRows, PackedRows
 from .compressor import Compressor
 from .configuration_dsv4 import Dsv4Config
 from .indexer import Indexer, Selection, visible
 from .kernel_choice import use_triton
 from .layers import RMSNorm
+from .outputs import Reading
 from .precision import Float32Parameters
 from .rotary import norm_rotate, rotate, rotation
 from .segments import Segments
@@ -99,7 +100,8 @@ class Dsv4Attention(Float32Parameters):
         shared: Shared,
         cache: LayerCache | None = None,
         stores_only: bool = False,
-    ) -> tuple[torch.Tensor, Shared]:
+        record: bool = False,
+    ) -> tuple[torch.Tensor, Shared, torch.Tensor | None]:
         """Attend from [B, S, D] to window and entries.
 
         Args:
@@ -109,9 +111,10 @@ class Dsv4Attention(Float32Parameters):
             shared: entries and choices of the layers before.
             cache: this layer's stores, read and written; None starts from nothing.
             stores_only: write the cache for later tokens and give the input back.
+            record: also return the probabilities, see `outputs.py`.
 
         Returns:
-            [B, S, D], and what the next layer is handed.
+            [B, S, D], what the next layer is handed, and [B, H, S, keys + T] or None.
         """
         turn = turns[self.ratio > 0]
         k = rotate(self.kv_norm(self.kv_proj(hidden_states)), turn, kernels=self.kernels)
@@ -122,7 +125,7 @@ class Dsv4Attention(Float32Parameters):
         if stores_only:
             assert cache is not None
             cache.window.write(k, segments)
-            return hidden_states, shared
+            return hidden_states, shared, None
         q_latent = self.q_a_norm(self.q_a_proj(hidden_states))
         q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
         if self.config.q_head_norm:
@@ -136,9 +139,9 @@ class Dsv4Attention(Float32Parameters):
                 hidden_states, q_latent, shared.index_keys, turn, segments, before
             )
             shared = Shared(shared.entries, shared.index_keys, *chosen)
-        out = self._attend(q, k, segments, shared, cache, turn)
+        out, probabilities = self._attend(q, k, segments, shared, cache, turn, record)
         out = self.o_a_proj(out.flatten(2).unflatten(-1, (self.groups, -1)))
-        return self.o_b_proj(out.flatten(2)), shared
+        return self.o_b_proj(out.flatten(2)), shared, probabilities
 
     def _compress(
         self, hidden_states: torch.Tensor, segments: Segments, cache: LayerCache | None
@@ -169,7 +172,8 @@ class Dsv4Attention(Float32Parameters):
         shared: Shared,
         cache: LayerCache | None,
         turn: torch.Tensor,
-    ) -> torch.Tensor:
+        record: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         w, state = self.config.sliding_window, segments.state
         past = 0
         if cache is not None:
@@ -179,26 +183,75 @@ class Dsv4Attention(Float32Parameters):
                 keys = torch.cat((cache.window.tail(state.seen, past, k), k), dim=1)
             cache.window.write(k, segments)
             k = keys
-        # Key x stands at row index seen + x - past.
-        first = segments.start - state.seen[:, None] + past  # [B, S]
         entries, ids = self._readable(shared)
-        if isinstance(entries, torch.Tensor | None) and use_triton(self.kernels, q):
-            return self._attend_by_kernel(q, k, entries, ids, first, segments, turn)
-        out = []
-        for part in self._blocks(q, entries, ids):
-            low = max(part.start + past - w + 1, 0)
-            x = torch.arange(low, min(part.stop + past, k.shape[1]), device=k.device)
-            at = torch.arange(part.start, part.stop, device=k.device)[:, None] + past
-            keep = (x <= at) & (x > at - w) & (x >= first[:, part, None])
-            some, some_keep = self._entries_of(entries, ids, segments, part)
-            near = k[:, low : low + x.shape[0]]
-            out.append(
-                ops.sink_attention(
-                    q[:, part], near, keep, some, some_keep, self.sinks, self.scaling
-                )
-            )
+        if not isinstance(entries, PackedRows) and not record and use_triton(self.kernels, q):
+            return self._attend_by_kernel(q, k, entries, ids, past, segments, turn), None
+        blocks = self._blocks(q, entries, ids)
+        reads = (self._read(part, k, past, entries, ids, segments) for part in blocks)
+        probabilities = None
+        if record:
+            count = 0 if entries is None else entries.shape[1]
+            out, probabilities = self._recorded(q, list(reads), k.shape[1], count)
+        else:
+            out = torch.cat([self._mix(q, read) for read in reads], dim=1)
         # Values were rotated as keys; turning back at the query makes their part relative too.
-        return rotate(torch.cat(out, dim=1), turn[:, :, None], inverse=True, kernels=self.kernels)
+        out = rotate(out, turn[:, :, None], inverse=True, kernels=self.kernels)
+        return out, probabilities
+
+    def _read(
+        self,
+        part: slice,
+        k: torch.Tensor,
+        past: int,
+        entries: CachedRows | None,
+        ids: torch.Tensor | None,
+        segments: Segments,
+    ) -> Reading:
+        """Which keys and entries one block of queries reads."""
+        w = self.config.sliding_window
+        # Key x stands at row index seen + x - past.
+        first = (segments.start[:, part] - segments.state.seen[:, None] + past)[..., None]
+        low = max(part.start + past - w + 1, 0)
+        x = torch.arange(low, min(part.stop + past, k.shape[1]), device=k.device)
+        at = torch.arange(part.start, part.stop, device=k.device)[:, None] + past
+        keep = (x <= at) & (x > at - w) & (x >= first)
+        some, some_keep = self._entries_of(entries, ids, segments, part)
+        window = k[:, low : low + x.shape[0]]
+        gathered = ids is not None and some is not None and some.dim() == 4
+        chosen = ids[:, part] if ids is not None and gathered else None
+        return Reading(part, low, window, keep, some, some_keep, chosen)
+
+    def _mix(self, q: torch.Tensor, read: Reading) -> torch.Tensor:
+        attend = ops.fused_sink_attention if self._fuses(read) else ops.sink_attention
+        return attend(q[:, read.part], *read[2:6], self.sinks, self.scaling)
+
+    def _fuses(self, read: Reading) -> bool:
+        """Whether the fused kernels compute this: no entries of a query's own, no sinks to learn.
+
+        Those kernels take no mask that wants a gradient. Asked of the mode, not of autograd's:
+        checkpointing must compute the same with and without gradients.
+        """
+        learns = self.training and self.sinks.requires_grad
+        return self.config._attn_implementation == "sdpa" and read.ids is None and not learns
+
+    def _recorded(
+        self, q: torch.Tensor, reads: list[Reading], keys: int, entries: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The result bit for bit as without recording, and the probabilities it was read with."""
+        maps = []
+        for read in reads:
+            p = ops.sink_probabilities(q[:, read.part], *read[2:6], self.sinks, self.scaling)
+            maps.append(read.spread(p, keys, entries))
+        p = torch.cat(maps, dim=2)
+        out = []
+        for read in reads:
+            if self._fuses(read):
+                out.append(self._mix(q, read))
+            else:
+                # Read from what is returned, so that gradients reach the caller's tensor.
+                o = ops.read_values(read.collect(p, keys), read.window, read.entries)
+                out.append(o.to(q.dtype))
+        return torch.cat(out, dim=1), p
 
     def _attend_by_kernel(
         self,
@@ -206,7 +259,7 @@ class Dsv4Attention(Float32Parameters):
         k: torch.Tensor,
         entries: torch.Tensor | None,
         ids: torch.Tensor | None,
-        first: torch.Tensor,
+        past: int,
         segments: Segments,
         turn: torch.Tensor,
     ) -> torch.Tensor:
@@ -216,7 +269,7 @@ class Dsv4Attention(Float32Parameters):
         if entries is not None and ids is None:
             windows = segments.windows(self.ratio)
             begin, end = windows.upto - windows.own, windows.upto
-        past = k.shape[1] - q.shape[1]
+        first = segments.start - segments.state.seen[:, None] + past  # [B, S]
         reads = Reads(first, ids, begin, end, past, self.config.sliding_window)
         return attend(q, k, entries, self.sinks, self.scaling, reads, turn)
 

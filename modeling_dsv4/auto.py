@@ -9,6 +9,10 @@ it. `deepseek_v4` is taken by transformers itself: `register(official_v4=True)` 
 import logging
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from . import hf_quantizer
 from .configuration_dsv4 import DeepseekV4Config, DeepseekV41Config, Dsv4Config
@@ -67,3 +71,7 @@ def register(official_v4: bool = False) -> None:
             continue
         AutoModel.register(config, backbone, exist_ok=True)
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
+        # Trainer and pipelines ask these tables by class name what kind of model they hold: without
+        # the entry, label smoothing would compare every logit with the token it was made from.
+        MODEL_MAPPING_NAMES.setdefault(model_type, backbone.__name__)
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(model_type, causal.__name__)

@@ -33,6 +33,7 @@ class Pass:
     `engram_rows[i]` [B, S, P] table rows of the i-th Engram layer. `live` [B, S]: false on images.
     `stores_only`: the layer that leaves keys and entries for later tokens and computes nothing
     else, because nobody reads what these tokens become there; the layers behind it are not run.
+    `attentions`: whether attention records its probabilities.
     """
 
     segments: Segments
@@ -42,6 +43,7 @@ class Pass:
     engram_rows: torch.Tensor | None = None
     live: torch.Tensor | None = None
     stores_only: int | None = None
+    attentions: bool = False
 
 
 class Dsv4DecoderLayer(GradientCheckpointingLayer):
@@ -78,7 +80,8 @@ class Dsv4DecoderLayer(GradientCheckpointingLayer):
         activation checkpointing sees every tensor.
 
         Returns:
-            streams, pre, the four fields of `Shared`, and the router logits [B * S, E].
+            streams, pre, the four fields of `Shared`, the router logits [B * S, E], and
+            attention's probabilities or None.
         """
         if self.engram is not None:
             assert told.engram_rows is not None
@@ -89,18 +92,23 @@ class Dsv4DecoderLayer(GradientCheckpointingLayer):
             x = hyper_ops.collapse(streams, pre) if self.single_pass else self.attn_hc(streams)[0]
             x = self.input_layernorm(x)
             self.self_attn(x, told.segments, told.turns, handed, cache, stores_only=True)
-            return streams, pre, *handed, None
+            return streams, pre, *handed, None, None
 
-        def attend(x: torch.Tensor) -> tuple[torch.Tensor, Shared]:
+        def attend(
+            x: torch.Tensor,
+        ) -> tuple[torch.Tensor, tuple[Shared, torch.Tensor | None]]:
             x = self.input_layernorm(x)
-            return self.self_attn(x, told.segments, told.turns, handed, cache)
+            out, shared, probabilities = self.self_attn(
+                x, told.segments, told.turns, handed, cache, record=told.attentions
+            )
+            return out, (shared, probabilities)
 
         def think(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return self.mlp(self.post_attention_layernorm(x), told.input_ids, told.token_types)
 
-        streams, pre, shared = self._site(self.attn_hc, attend, streams, pre)
+        streams, pre, (shared, probabilities) = self._site(self.attn_hc, attend, streams, pre)
         streams, pre, router_logits = self._site(self.ffn_hc, think, streams, pre)
-        return streams, pre, *shared, router_logits
+        return streams, pre, *shared, router_logits, probabilities
 
     def _site(
         self,

@@ -180,8 +180,7 @@ class Dsv4Config(PreTrainedConfig):
         self._fix_engram_rows()
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        known = _COMMON_KEYS | set(GenerationConfig._get_default_generation_params())
-        unknown = sorted(set(kwargs) - known)
+        unknown = sorted(set(kwargs) - _known_beside_fields())
         if unknown:
             raise ValueError(
                 f"unknown configuration fields {unknown}: {type(self).__name__} knows "
@@ -244,8 +243,14 @@ class Dsv4Config(PreTrainedConfig):
         check_config(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data; the subclasses for foreign types say "dsv4" as well."""
-        return {**super().to_dict(), "model_type": Dsv4Config.model_type}
+        """Return the fields as plain data; the subclasses for foreign types say "dsv4" as well.
+
+        Attributes that others hung on the object are left out: reading refuses unknown fields, and
+        what is written must load.
+        """
+        known = {f.name for f in fields(self)} | _known_beside_fields()
+        kept = {name: value for name, value in super().to_dict().items() if name in known}
+        return {**kept, "model_type": Dsv4Config.model_type}
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -262,6 +267,10 @@ class Dsv4Config(PreTrainedConfig):
     def from_json_file(cls, json_file: Any) -> "Dsv4Config":
         """Build from a config.json of own or of a release's fields."""
         return cls(**_own_fields(cls._dict_from_json_file(json_file), cls.model_type))
+
+
+def _known_beside_fields() -> set[str]:
+    return {*_COMMON_KEYS, *GenerationConfig._get_default_generation_params()}
 
 
 def _own_fields(config: dict[str, Any], model_type: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ that is truncated, a tensor that is missing, extra or misshapen is an error, nev
 from __future__ import annotations
 
 import copy
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,8 @@ class PretrainedLoading(_Base):
             expert_memory: how much of the routed experts may be resident ("2GiB"); the rest is
                 read from disk when routed to. Wants a directory that `dsv4-quantize` made.
             engram_memory: likewise for the Engram tables.
+            kwargs: `output_loading_info=True` returns (model, report); tensors of our own layout
+                that are missing or not expected are then listed there instead of refused.
 
         Raises:
             ValueError: tensors that do not fit, broken files, an unknown storage method, a
@@ -71,11 +74,13 @@ class PretrainedLoading(_Base):
         config._name_or_path = str(pretrained_model_name_or_path)
         _set_budgets(config, expert_memory=expert_memory, engram_memory=engram_memory)
         _check_method(config)
-        own = detect_layout(directory) == "dsv4"
+        reporting = bool(kwargs.get("output_loading_info"))
+        own = (reporting and _says_own(directory)) or detect_layout(directory) == "dsv4"
         if own or not dequantize:
             _check_parallel(config, own, kwargs)
         if own:
-            _check_layout(directory, config)
+            if not reporting:
+                _check_layout(directory, config)
             if dequantize and getattr(config, "quantization_config", None):
                 config.quantization_config["dequantize"] = True
             return super().from_pretrained(
@@ -209,6 +214,12 @@ def _check_parallel(config: PreTrainedConfig, own: bool, kwargs: dict[str, Any])
         "packed weights and experts on disk cannot be split over processes yet; "
         + (f"{way}.save_pretrained(copy)" if own else "pass dequantize=True, which widens them")
     )
+
+
+def _says_own(directory: Path) -> bool:
+    file = directory / "config.json"
+    fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return fields.get("model_type") == Dsv4Config.model_type
 
 
 def _check_layout(directory: Path, config: Dsv4Config) -> None:

@@ -13,7 +13,7 @@ Which mechanisms a model has is written in its config; there is one set of class
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,11 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationConfig, GenerationMode
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
 
 from . import hyper_ops, ops
+from .attention import Dsv4Attention
 from .blocks import Dsv4DecoderLayer, Dsv4DraftStage, Pass
 from .cache import Dsv4Cache
 from .configuration_dsv4 import Dsv4Config
@@ -33,7 +36,9 @@ from .initialization import init_weights
 from .kernel_choice import set_kernels
 from .layers import RMSNorm
 from .loading import PretrainedLoading
+from .outputs import Kept, States, Wanted, refuse_unknown
 from .precision import FLOAT32_NAMES
+from .resizing import resize_vocabulary
 from .rotary import rotation
 from .segments import RowState, Segments, find_segments
 from .simulation import set_simulation
@@ -45,14 +50,6 @@ _CHUNK_TOKENS = 8192
 _LEAST_UNREAD = 64
 
 
-class Computed(NamedTuple):
-    """What one pass gives: hidden [B, S, D], streams [B, S, N, D] and router logits by layer."""
-
-    hidden: torch.Tensor
-    states: tuple[torch.Tensor, ...] = ()
-    routers: tuple[torch.Tensor, ...] = ()
-
-
 class Dsv4PreTrainedModel(PretrainedLoading, PreTrainedModel):
     """Loading, saving and initialisation shared by the Dsv4 classes."""
 
@@ -62,7 +59,44 @@ class Dsv4PreTrainedModel(PretrainedLoading, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Dsv4DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = set(FLOAT32_NAMES)
+    _supports_sdpa = True
+
+    def post_init(self) -> None:
+        """Name the float32 tensors that this model has, then as transformers does."""
+        names = [name.split(".") for name in self.state_dict()]
+        held = {part for name in names for part in name}
+        self._keep_in_fp32_modules_strict = held & set(FLOAT32_NAMES)
+        super().post_init()
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        """Answer `attn_implementation`: both names compute the model's own attention.
+
+        "sdpa", the default, hands blocks of queries to torch's scaled_dot_product_attention where
+        they share their entries; "eager" is plain matrix products everywhere.
+        """
+        if attn_implementation not in (None, "eager", "sdpa"):
+            raise ValueError(
+                f'Specified `attn_implementation="{attn_implementation}"` is not supported: here '
+                "window, compressed entries and a sink share one softmax, which other kernels do "
+                'not compute; wanted "sdpa" or "eager"'
+            )
+        return attn_implementation or "sdpa"
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Change the vocabulary's size, where every table by token id can follow.
+
+        Raises:
+            ValueError: more ids in a model that routes or looks memory up by token id, or fewer
+                than its special ids and token map want; see `resizing.py`.
+        """
+        return resize_vocabulary(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -78,7 +112,6 @@ class Dsv4PreTrainedModel(PretrainedLoading, PreTrainedModel):
             raise ValueError("set_engram_token_map: this model has no Engram layers")
         for module in hashes:
             module.set_token_map(token_map)
-
 
     def set_simulation(self, mode: str) -> None:
         """Round activations and caches as the release does ("official"), or not ("off").
@@ -101,6 +134,12 @@ class Dsv4PreTrainedModel(PretrainedLoading, PreTrainedModel):
 class Dsv4Model(Dsv4PreTrainedModel):
     """The backbone: token ids to final hidden states."""
 
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(Dsv4DecoderLayer, index=0),
+        "attentions": OutputRecorder(Dsv4Attention, index=2),
+        "router_logits": OutputRecorder(Dsv4DecoderLayer, index=6),
+    }
+
     def __init__(self, config: Dsv4Config) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -113,6 +152,7 @@ class Dsv4Model(Dsv4PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -122,7 +162,8 @@ class Dsv4Model(Dsv4PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         token_types: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
+        output_attentions: bool | None = None,
         output_router_logits: bool | None = None,
         seq_idx: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
@@ -141,27 +182,30 @@ class Dsv4Model(Dsv4PreTrainedModel):
             token_types: [B, S], -1 on text, >= 0 on image spans.
             use_cache: return a cache (default: the config's, off in training).
             output_hidden_states: also return the streams [B, S, N, D] entering each layer, and
-                those leaving the last.
+                those leaving the last; numbers choose some of them, the others are None.
+            output_attentions: also return [B, H, S, keys + entries] per layer; `outputs.py` says
+                what the columns are. For short inputs; the result does not change.
             output_router_logits: also return [B * S, E] per layer.
             seq_idx: [B, S] document numbers of packed rows.
             cu_seq_lens_q: [documents + 1] borders of one packed row.
             last_tokens: return the hidden states of the last so many columns alone. Without
                 gradients, what nobody reads is then not computed: see `_unread_columns`.
-            kwargs: other keys of transformers' collators; ignored.
+            kwargs: other keys of transformers' collators; ignored. `return_dict=False` gives a
+                tuple.
 
         Raises:
-            ValueError: no ids and no embeddings, images, masks of four dimensions.
+            ValueError: no ids and no embeddings, images, masks of four dimensions, attentions of
+                a long input.
+            TypeError: a keyword that nobody knows.
         """
-        _refuse_images(kwargs)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+        refuse_unknown(type(self).forward, kwargs)
+        want = Wanted.of(self.config, output_hidden_states, output_attentions, output_router_logits)
         x = inputs_embeds if inputs_embeds is not None else input_ids
         if x is None:
             raise ValueError("wanted input_ids or inputs_embeds, got neither")
         cache = self._open_cache(past_key_values, use_cache)
         batch, columns = x.shape[:2]
+        want.check_size(self.config, batch, columns, cache.get_seq_length() if cache else 0)
         state = cache.begin(batch, x.device) if cache else RowState.empty(batch, x.device)
         segments = find_segments(
             (batch, columns),
@@ -171,24 +215,20 @@ class Dsv4Model(Dsv4PreTrainedModel):
             seq_idx=seq_idx,
             cu_seq_lens=cu_seq_lens_q,
         )
-        keeps_all = output_hidden_states or output_router_logits or torch.is_grad_enabled()
+        keeps_all = bool(want) or torch.is_grad_enabled()
         step = max(_CHUNK_TOKENS // batch, 1)
         given = (input_ids, inputs_embeds, token_types, attention_mask)
         unread = 0
         if last_tokens is not None and not keeps_all:
             unread = self._unread_columns(columns, last_tokens, cache, attention_mask)
         if (columns > step or unread) and not keeps_all:
-            out = Computed(self._forward_in_chunks(step, unread, segments, cache, given))
+            hidden, kept = self._forward_in_chunks(step, unread, segments, cache, given), Kept()
         else:
-            out = self._pass(
-                segments, cache, given[:3], bool(output_hidden_states), bool(output_router_logits)
-            )
-        hidden = out.hidden
+            hidden, kept = self._pass(segments, cache, given[:3], want)
         return MoeModelOutputWithPast(
             last_hidden_state=hidden if last_tokens is None else hidden[:, -last_tokens:],
             past_key_values=cache,
-            hidden_states=out.states or None,
-            router_logits=out.routers or None,
+            **kept.restored(segments, columns),
         )
 
     def _unread_columns(
@@ -234,7 +274,7 @@ class Dsv4Model(Dsv4PreTrainedModel):
         places = torch.where(continues, segments.position, segments.local)
         places = segments.restore(places, columns)
         given = (*given[:3], None if given[3] is None else given[3][:, -columns:])
-        hidden = []
+        nothing, hidden = Wanted(None, False, False), []
         for at in (*range(0, unread, step), *range(unread, columns, step)):
             part = slice(at, min(at + step, unread if at < unread else columns))
             *inputs, mask = (None if x is None else x[:, part] for x in given)
@@ -245,9 +285,9 @@ class Dsv4Model(Dsv4PreTrainedModel):
                 attention_mask=mask,
                 position_ids=places[:, part],
             )
-            out = self._pass(some, cache, tuple(inputs), stores_only=at < unread)
+            out, _ = self._pass(some, cache, tuple(inputs), nothing, stores_only=at < unread)
             if at >= unread:
-                hidden.append(out.hidden)
+                hidden.append(out)
         return torch.cat(hidden, dim=1)
 
     def _pass(
@@ -255,11 +295,10 @@ class Dsv4Model(Dsv4PreTrainedModel):
         segments: Segments,
         cache: Dsv4Cache | None,
         given: tuple[torch.Tensor | None, ...],
-        keep_states: bool = False,
-        keep_routers: bool = False,
+        want: Wanted,
         stores_only: bool = False,
-    ) -> Computed:
-        """Columns of ids, embeddings and types through the layers."""
+    ) -> tuple[torch.Tensor, Kept]:
+        """Columns of ids, embeddings and types through the layers: hidden [B, columns, D]."""
         input_ids, inputs_embeds, token_types = given
         columns = next(x.shape[1] for x in given if x is not None)
         ids = None if input_ids is None else segments.pick(input_ids)
@@ -270,19 +309,10 @@ class Dsv4Model(Dsv4PreTrainedModel):
             told.stores_only = max((0, *self.config.kv_source_layer_ids))
         if cache:
             cache.open()
-        out = self._run(embeds, told, cache, keep_states, keep_routers)
+        hidden, kept = self._run(embeds, told, cache, want)
         if cache:
             cache.advance(segments, columns)
-        if stores_only:
-            return out
-        return Computed(
-            segments.restore(out.hidden, columns),
-            tuple(segments.restore(h, columns) for h in out.states),
-            tuple(
-                segments.restore(r.unflatten(0, out.hidden.shape[:2]), columns).flatten(0, 1)
-                for r in out.routers
-            ),
-        )
+        return hidden if stores_only else segments.restore(hidden, columns), kept
 
     def _open_cache(
         self, past_key_values: Dsv4Cache | None, use_cache: bool | None
@@ -327,26 +357,28 @@ class Dsv4Model(Dsv4PreTrainedModel):
         embeds: torch.Tensor,
         told: Pass,
         cache: Dsv4Cache | None,
-        keep_states: bool,
-        keep_routers: bool,
-    ) -> Computed:
+        want: Wanted,
+    ) -> tuple[torch.Tensor, Kept]:
         streams = embeds[:, :, None].expand(-1, -1, self.config.hc_mult, -1)
         pre = first_pre(streams)  # two-pass layers do not look at it
         shared: tuple[torch.Tensor | None, ...] = (None,) * 4
-        states, routers = [], []
+        told.attentions = want.attentions
+        cached = cache is not None and not told.segments.fresh
+        past = self.config.sliding_window - 1 if cached else 0
+        kept = Kept(past, told.segments.state.blank)
         for i, layer in enumerate(self.layers):
             if told.stores_only is not None and i > told.stores_only:
-                return Computed(embeds[:, :0])
-            if keep_states:
-                states.append(streams)
+                return embeds[:, :0], kept
+            kept.add_state(streams, i, want)
             store = None if cache is None else cache.layers[i]
-            streams, pre, *shared, logits = layer(streams, pre, *shared, told, store)
-            if keep_routers:
-                routers.append(logits)
-        if keep_states:
-            states.append(streams)
+            streams, pre, *shared, logits, probabilities = layer(streams, pre, *shared, told, store)
+            if want.attentions:
+                kept.attentions.append(probabilities)
+            if want.routers:
+                kept.routers.append(logits)
+        kept.add_state(streams, len(self.layers), want)
         hidden = self.hc_head(streams) if self.hc_head else hyper_ops.collapse(streams, pre)
-        return Computed(self.norm(hidden), tuple(states), tuple(routers))
+        return self.norm(hidden), kept
 
 
 class Float32Head(nn.Linear):
@@ -373,6 +405,7 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
         self.vision = OpaqueWeights.for_config(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -384,6 +417,9 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
         token_types: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: States = None,
+        output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: object,
     ) -> MoeCausalLMOutputWithPast:
         """Predict the next token; arguments as `Dsv4Model.forward`.
@@ -391,11 +427,14 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
         Args:
             labels: [B, S], -100 where nothing is to be learned; shifted inside.
             logits_to_keep: only the last so many positions (0 = all), or these indices.
+            kwargs: those of `Dsv4Model.forward`; `shift_labels` [B, S], labels that are shifted
+                already, and `num_items_in_batch`, which the loss is divided by.
 
         Returns:
             logits [B, kept, V] float32, the loss where labels are given, the cache.
         """
-        counted = isinstance(logits_to_keep, int) and logits_to_keep > 0 and labels is None
+        counted = isinstance(logits_to_keep, int) and logits_to_keep > 0
+        counted = counted and labels is None and kwargs.get("shift_labels") is None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -405,13 +444,17 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
             token_types=token_types,
             use_cache=use_cache,
             last_tokens=logits_to_keep if counted else None,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
+            return_dict=True,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
-        if labels is not None:
-            more = {k: v for k, v in kwargs.items() if k == "num_items_in_batch"}
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            more = {k: v for k, v in kwargs.items() if k in ("num_items_in_batch", "shift_labels")}
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **more
             )
@@ -420,6 +463,7 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
 
@@ -427,16 +471,34 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor,
         *args: Any,
+        inputs_embeds: torch.Tensor | None = None,
         token_types: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers does it; `token_types` grow with the text, all of which is text."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        """As transformers does it; embeddings keep their ids, and what is written is text.
+
+        Embeddings are those of the prompt: the first pass reads them, later passes read the ids
+        that were chosen. `token_types` grow with the text.
+        """
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
+        fed = inputs.get("inputs_embeds")
+        if inputs_embeds is not None and fed is not None and input_ids.shape[1]:
+            if input_ids.shape[1] != inputs_embeds.shape[1]:
+                raise ValueError(
+                    "generate: wanted one id per embedding, or embeddings alone, got "
+                    f"{input_ids.shape[1]} ids for {inputs_embeds.shape[1]} embeddings"
+                )
+            inputs["input_ids"] = input_ids[:, -fed.shape[1] :]
         if token_types is not None:
-            written = input_ids.shape[1] - token_types.shape[1]
-            fed = inputs.get("inputs_embeds", inputs["input_ids"])
-            types = F.pad(token_types, (0, written), value=-1)
-            inputs["token_types"] = types[:, -fed.shape[1] :]
+            length, now = input_ids.shape[1], inputs["input_ids"] if fed is None else fed
+            cache = inputs.get("past_key_values")
+            if inputs_embeds is not None and cache is not None:
+                # The prompt may have no ids; the cache has seen it.
+                length = cache.get_seq_length() + now.shape[1]
+            types = F.pad(token_types, (0, length - token_types.shape[1]), value=-1)
+            inputs["token_types"] = types[:, -now.shape[1] :]
         return inputs
 
     def _prepare_cache_for_generation(
@@ -457,13 +519,3 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
             # A draft that was looked up in the prompt may be taken back as a whole.
             drafted = generation_config.prompt_lookup_num_tokens or 0
             model_kwargs["past_key_values"] = Dsv4Cache(self.config, max(64, drafted))
-
-
-def _refuse_images(kwargs: dict[str, object]) -> None:
-    names = ("pixel_values", "images", "image_grid_thw")
-    images = [name for name in names if kwargs.get(name) is not None]
-    if images:
-        raise ValueError(
-            f"got {', '.join(images)}: the vision tower is carried as weights but not run; give "
-            "`forward` image spans as `inputs_embeds` with `input_ids` and `token_types`"
-        )

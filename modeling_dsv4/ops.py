@@ -208,6 +208,55 @@ def masked_scores(scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(~keep[:, None], -math.inf)
 
 
+def sink_probabilities(
+    q: torch.Tensor,
+    window: torch.Tensor,
+    window_keep: torch.Tensor,
+    entries: torch.Tensor | None,
+    entries_keep: torch.Tensor | None,
+    sinks: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """`softmax([q . k | q . e | sink])` without the sink's share: [B, H, S, X + T], float32.
+
+    Arguments as `sink_attention`.
+    """
+    b, s, h, c = q.shape
+    qf, wf = fp32(q).transpose(1, 2), fp32(window)  # [B, H, S, C]
+    flat = qf.reshape(b, h * s, c)
+    logits = [masked_scores((flat @ wf.transpose(1, 2)).view(b, h, s, -1) * scale, window_keep)]
+    if entries is not None and entries_keep is not None:
+        ef = fp32(entries)
+        if ef.dim() == 3:
+            z = (flat @ ef.transpose(1, 2)).view(b, h, s, -1)
+        else:
+            z = (qf.transpose(1, 2) @ ef.transpose(2, 3)).transpose(1, 2)
+        logits.append(masked_scores(z * scale, entries_keep))
+    sink = finite_sinks(sinks, qf.dtype).view(1, h, 1, 1).expand(b, h, s, 1)
+    return torch.cat([*logits, sink], dim=-1).softmax(-1)[..., :-1]
+
+
+def finite_sinks(sinks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sinks [H] in the scores' dtype; an infinite one takes everything without becoming NaN."""
+    return sinks.to(dtype).clamp(max=torch.finfo(dtype).max)
+
+
+def read_values(
+    p: torch.Tensor, window: torch.Tensor, entries: torch.Tensor | None
+) -> torch.Tensor:
+    """`sum_t p_t k_t` of p [B, H, S, X + T] over window and entries -> [B, S, H, C], float32."""
+    b, h, s, _ = p.shape
+    wf, x = fp32(window), window.shape[1]
+    o = (p[..., :x].reshape(b, h * s, x) @ wf).view(b, h, s, -1).transpose(1, 2)
+    if entries is not None:
+        ef, pe = fp32(entries), p[..., x:]
+        if ef.dim() == 3:
+            o = o + (pe.reshape(b, h * s, -1) @ ef).view(b, h, s, -1).transpose(1, 2)
+        else:
+            o = o + pe.transpose(1, 2) @ ef
+    return o
+
+
 def sink_attention(
     q: torch.Tensor,
     window: torch.Tensor,
@@ -230,30 +279,37 @@ def sink_attention(
     Returns:
         [B, S, H, C] in q's dtype.
     """
+    p = sink_probabilities(q, window, window_keep, entries, entries_keep, sinks, scale)
+    return read_values(p, window, entries).to(q.dtype)
+
+
+def fused_sink_attention(
+    q: torch.Tensor,
+    window: torch.Tensor,
+    window_keep: torch.Tensor,
+    entries: torch.Tensor | None,
+    entries_keep: torch.Tensor | None,
+    sinks: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """`sink_attention` by torch's scaled_dot_product_attention; entries shared by the queries.
+
+    The sink is one more key, zero like its value, whose score comes from the mask. Keys have no
+    heads, so a token's heads are as many queries of one head.
+    """
     b, s, h, c = q.shape
-    qf, wf = fp32(q).transpose(1, 2), fp32(window)  # [B, H, S, C]
-    flat = qf.reshape(b, h * s, c)
-    logits = [masked_scores((flat @ wf.transpose(1, 2)).view(b, h, s, -1) * scale, window_keep)]
-    ef = None if entries is None else fp32(entries)
-    if ef is not None and entries_keep is not None:
-        if ef.dim() == 3:
-            z = (flat @ ef.transpose(1, 2)).view(b, h, s, -1)
-        else:
-            z = (qf.transpose(1, 2) @ ef.transpose(2, 3)).transpose(1, 2)
-        logits.append(masked_scores(z * scale, entries_keep))
-    # An infinite sink takes everything; inf - inf inside the softmax would be NaN.
-    sink = sinks.to(qf.dtype).clamp(max=torch.finfo(qf.dtype).max)
-    sink = sink.view(1, h, 1, 1).expand(b, h, s, 1)
-    p = torch.cat([*logits, sink], dim=-1).softmax(-1)
-    x = wf.shape[1]
-    o = (p[..., :x].reshape(b, h * s, x) @ wf).view(b, h, s, c).transpose(1, 2)
-    if ef is not None:
-        pe = p[..., x:-1]
-        if ef.dim() == 3:
-            o = o + (pe.reshape(b, h * s, -1) @ ef).view(b, h, s, c).transpose(1, 2)
-        else:
-            o = o + pe.transpose(1, 2) @ ef
-    return o.to(q.dtype)
+    keys, keep = fp32(window), window_keep.expand(b, s, -1)
+    if entries is not None and entries_keep is not None:
+        keys = torch.cat((keys, fp32(entries)), dim=1)
+        keep = torch.cat((keep, entries_keep.expand(b, s, -1)), dim=-1)
+    seen = torch.zeros(keep.shape, dtype=keys.dtype, device=q.device).masked_fill(~keep, -math.inf)
+    seen = seen[:, :, None].expand(-1, -1, h, -1)  # [B, S, H, T]
+    sink = finite_sinks(sinks, keys.dtype)[:, None].expand(b, s, h, 1)
+    bias = torch.cat((seen, sink), dim=-1).view(b, 1, s * h, -1)
+    keys = F.pad(keys, (0, 0, 0, 1))[:, None]  # [B, 1, T + 1, C]
+    flat = fp32(q).reshape(b, 1, s * h, c)
+    o = F.scaled_dot_product_attention(flat, keys, keys, attn_mask=bias, scale=scale)
+    return o.view(b, s, h, c).to(q.dtype)
 
 
 def gather_entries(entries: CachedRows, ids: torch.Tensor) -> torch.Tensor:

@@ -204,6 +204,106 @@ def test_scores_and_other_outputs_are_returned(model: Any) -> None:
     torch.testing.assert_close(torch.cat(out.logits).double(), full, atol=1e-5, rtol=0)
 
 
+def test_beam_samples_are_those_of_full_passes(model: Any) -> None:
+    ids, texts = _ids(18, batch=2), []
+    for cached in (True, True, False):
+        torch.manual_seed(3)
+        more = {"num_beams": 3, "do_sample": True, "num_return_sequences": 3, "use_cache": cached}
+        texts.append(_greedy(model, ids, temperature=1.5, **more))
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
+    assert texts[0].shape == (6, NEW) and not torch.equal(texts[0][0], texts[0][1])
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_the_inside_of_every_step_is_returned(model: Any, more: dict[str, Any]) -> None:
+    ids, asked = _ids(12), ("scores", "logits", "hidden_states", "attentions")
+    plain = {"max_new_tokens": 3, "do_sample": False, **more}
+    out = model.generate(
+        ids, return_dict_in_generate=True, **plain, **{f"output_{name}": True for name in asked}
+    )
+    assert torch.equal(out.sequences, model.generate(ids, **plain))
+    layers, rows = model.config.num_hidden_layers, more.get("num_beams", 1)
+    window = model.config.sliding_window
+    assert all(len(out[name]) == 3 for name in asked)
+    for step, (states, maps) in enumerate(zip(out.hidden_states, out.attentions, strict=True)):
+        fed = 1 if step else 12
+        assert len(states) == layers + 1 and len(maps) == layers
+        assert states[0].shape == (rows, fed, 4, 32)
+        # The first layer has a window alone.
+        assert maps[0].shape == (rows, 4, fed, window if step else 12)
+        assert bool((maps[0].sum(-1) < 1).all())
+    # What `generate` has no keyword for is asked of the configuration.
+    model.config.output_router_logits = True
+    try:
+        with torch.no_grad():
+            assert len(model(ids).router_logits) == layers
+        assert torch.equal(model.generate(ids, **plain), out.sequences)
+    finally:
+        model.config.output_router_logits = False
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_embeddings_with_ids_write_what_the_ids_write(model: Any, more: dict[str, Any]) -> None:
+    ids = _ids(15, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    embeds = model.get_input_embeddings()(ids)
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask, **more}
+    expected = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, inputs_embeds=embeds, **settings), expected)
+    # The first pass reads the embeddings, not the ids beside them.
+    other = model.generate(ids, inputs_embeds=embeds.flip(0), **settings)
+    assert not torch.equal(other[:, 15:], expected[:, 15:])
+
+
+def test_embeddings_alone_are_enough_where_ids_are_not_looked_up(tiny: Callable[..., Any]) -> None:
+    model, ids = tiny("v4", torch.float64, num_hash_layers=0), _ids(15, batch=2)
+    embeds = model.get_input_embeddings()(ids)
+    settings = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 2, "do_sample": False}
+    expected = model.generate(ids, **settings)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **settings), expected[:, 15:])
+    # Ids of another length are no one's prompt.
+    with pytest.raises(ValueError, match="one id per embedding, or embeddings alone, got 2 ids"):
+        model.generate(ids[:, :2], inputs_embeds=embeds, **settings)
+
+
+def test_embeddings_alone_are_refused_where_ids_are_looked_up(model: Any) -> None:
+    ids = _ids(15)
+    embeds = model.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match="wanted `input_ids` beside `inputs_embeds`, got none"):
+        model.generate(inputs_embeds=embeds, max_new_tokens=2)
+
+
+def test_image_spans_come_as_embeddings_with_their_types(tiny: Callable[..., Any]) -> None:
+    model, ids = tiny("v41", torch.float64), _ids(20, batch=2)
+    types = torch.full_like(ids, -1)
+    types[:, 5:9] = 0
+    settings = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 2, "token_types": types}
+    expected = _greedy(model, ids, **settings)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(_greedy(model, ids, inputs_embeds=embeds, **settings), expected)
+    plain = tiny("v41", torch.float64, engram_layer_ids=[])
+    expected = _greedy(plain, ids, **settings)
+    embeds = plain.get_input_embeddings()(ids)
+    found = plain.generate(inputs_embeds=embeds, do_sample=False, **settings)
+    assert torch.equal(found, expected)
+
+
+def test_both_names_of_attention_write_the_same(model: Any) -> None:
+    ids = _ids(18, batch=2)
+    fused = _greedy(model, ids)
+    try:
+        model.set_attn_implementation("eager")
+        assert torch.equal(_greedy(model, ids), fused)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def test_a_typing_error_among_the_settings_is_an_error(model: Any) -> None:
+    with pytest.raises(ValueError, match="max_new_tokes"):
+        model.generate(_ids(5), max_new_tokes=3)
+
+
 def test_repetition_penalties_and_stops_work_as_elsewhere(model: Any) -> None:
     text = _greedy(model, _ids(12), no_repeat_ngram_size=1)
     assert text.unique().numel() == text.numel()

@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from modeling_dsv4 import (
     DeepseekV41Config,
@@ -106,6 +110,16 @@ def test_registering_twice_is_harmless_and_a_name_that_is_taken_no_error(
     monkeypatch.setattr(AutoConfig, "register", taken)
     register()
     assert refused == ["deepseek_v41"]
+
+
+def test_trainer_and_pipelines_know_the_classes_by_name() -> None:
+    # Trainer shifts the labels under label smoothing for the classes of this table alone.
+    for name in ("Dsv4ForCausalLM", "DeepseekV41ForCausalLM"):
+        assert name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    assert "Dsv4Model" in MODEL_MAPPING_NAMES.values()
+    # Somebody else's entry stays.
+    register(official_v4=False)
+    assert MODEL_MAPPING_NAMES["deepseek_v4"] == "DeepseekV4Model"
 
 
 def test_a_directory_of_another_model_is_left_alone(tmp_path: Path, golden_dir: Path) -> None:

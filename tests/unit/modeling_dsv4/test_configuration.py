@@ -174,6 +174,16 @@ def test_a_mixture_that_no_release_has_is_not_written_as_one() -> None:
         official_config(Dsv4Config(**TINY, q_head_norm=False))
 
 
+def test_what_others_hang_on_a_configuration_is_not_written(tmp_path: Path) -> None:
+    config = Dsv4Config()
+    config.layer_norm_epsilon = 1.0
+    config.save_pretrained(tmp_path)
+    again = Dsv4Config.from_pretrained(tmp_path)
+    assert not hasattr(again, "layer_norm_epsilon")
+    # And nothing else is left out.
+    assert set(config.to_dict()) == set(PreTrainedConfig.to_dict(Dsv4Config()))
+
+
 def test_a_plain_configuration_has_no_quantization_field() -> None:
     config = Dsv4Config(**TINY, quantization_config=None)
     assert not hasattr(config, "quantization_config")

@@ -92,6 +92,16 @@ def test_loading_says_what_it_loaded(golden_dir: Path, own: Path) -> None:
         assert not info["mismatched_keys"]
 
 
+def test_a_report_that_is_asked_for_lists_what_is_missing(own: Path) -> None:
+    tensors = load_file(own / WEIGHTS)
+    gone = tensors.pop("lm_head.weight")
+    save_file({**tensors, "more": gone}, own / WEIGHTS, metadata={"format": "pt"})
+    _, info = Dsv4ForCausalLM.from_pretrained(own, output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.weight"} and info["unexpected_keys"] == {"more"}
+    with pytest.raises(ValueError, match=r"1 missing \(lm_head.weight\); 1 not expected \(more\)"):
+        _load(own)
+
+
 def test_generation_settings_come_along(golden_dir: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(golden_dir / "v4_b_bf16_mtp", tmp_path / "x")
     settings = {"do_sample": True, "temperature": 0.37, "eos_token_id": 7}

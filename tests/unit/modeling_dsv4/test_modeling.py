@@ -114,14 +114,18 @@ def test_the_gradient_of_the_loss_passes_finite_differences(tiny: Make, kind: st
         assert float((p.grad * direction).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-7), name
 
 
+@pytest.mark.parametrize("learning_sinks", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_activation_checkpointing_changes_no_gradient(
-    tiny: Make, kind: str, reentrant: bool
+    tiny: Make, kind: str, reentrant: bool, learning_sinks: bool
 ) -> None:
     model, ids = tiny(kind, torch.float64).train(), _ids(2, 30)
+    # Attention is computed plainly where sinks learn, and fused where they do not.
+    for layer in model.model.layers:
+        layer.self_attn.sinks.requires_grad_(learning_sinks)
     positions = torch.cat((torch.arange(17), torch.arange(13)))[None].expand(2, -1)
-    grads = []
+    grads, losses = [], []
     for checkpointing in (False, True):
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
@@ -132,8 +136,9 @@ def test_activation_checkpointing_changes_no_gradient(
         out = model(ids, position_ids=positions, labels=ids, use_cache=checkpointing)
         assert out.past_key_values is None
         out.loss.backward()
+        losses.append(out.loss.detach())
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys()
+    assert torch.equal(*losses) and grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, atol=1e-9, rtol=1e-9, msg=name)
 

@@ -175,8 +175,11 @@ def _naive(inputs: Inputs, scale: float) -> torch.Tensor:
     return out
 
 
-def test_attention_follows_its_definition_with_gradients(inputs: Inputs) -> None:
-    expected, found = _naive(inputs, 0.3), ops.sink_attention(*inputs, 0.3)
+@pytest.mark.parametrize("attend", [ops.sink_attention, ops.fused_sink_attention])
+def test_attention_follows_its_definition_with_gradients(
+    inputs: Inputs, attend: Callable[..., torch.Tensor]
+) -> None:
+    expected, found = _naive(inputs, 0.3), attend(*inputs, 0.3)
     torch.testing.assert_close(found, expected)
     floats, weight = (inputs[0], inputs[1], inputs[3], inputs[5]), torch.randn_like(found)
     for grad, target in zip(
@@ -205,33 +208,43 @@ def test_gathered_entries_give_what_masked_ones_give(inputs: Inputs) -> None:
         torch.testing.assert_close(grad, target)
 
 
-def test_a_sink_takes_everything_or_nothing(inputs: Inputs) -> None:
+@pytest.mark.parametrize("attend", [ops.sink_attention, ops.fused_sink_attention])
+def test_a_sink_takes_everything_or_nothing(
+    inputs: Inputs, attend: Callable[..., torch.Tensor]
+) -> None:
     q, window, keep, entries, some, _ = (x.detach() for x in inputs)
     keep[..., 0] = True
-    full = ops.sink_attention(q, window, keep, entries, some, torch.full((3,), 80.0), 0.3)
-    assert full.abs().max() < 1e-20
-    none = ops.sink_attention(q, window, keep, entries, some, torch.full((3,), -math.inf), 0.3)
+    for large in (80.0, math.inf):
+        full = attend(q, window, keep, entries, some, torch.full((3,), large), 0.3)
+        assert full.abs().max() < 1e-20
+    none = attend(q, window, keep, entries, some, torch.full((3,), -math.inf), 0.3)
     keys, mask = torch.cat((window, entries), 1), torch.cat((keep, some), -1)
     z = torch.einsum("bshc,btc->bhst", q, keys) * 0.3
     p = z.masked_fill(~mask[:, None], -math.inf).softmax(-1)
     torch.testing.assert_close(none, torch.einsum("bhst,btc->bshc", p, keys))
 
 
-def test_a_query_that_sees_nothing_gets_zero(inputs: Inputs) -> None:
+@pytest.mark.parametrize("attend", [ops.sink_attention, ops.fused_sink_attention])
+def test_a_query_that_sees_nothing_gets_zero(
+    inputs: Inputs, attend: Callable[..., torch.Tensor]
+) -> None:
     q, window, keep, entries, some, sinks = (x.detach() for x in inputs)
     keep[1, 2], some[1, 2] = False, False
-    out = ops.sink_attention(q, window, keep, entries, some, sinks, 0.3)
+    out = attend(q, window, keep, entries, some, sinks, 0.3)
     assert float(out[1, 2].abs().max()) == 0 and bool(out.isfinite().all())
 
 
+@pytest.mark.parametrize("attend", [ops.sink_attention, ops.fused_sink_attention])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention_computes_halves_in_float32(inputs: Inputs, dtype: torch.dtype) -> None:
+def test_attention_computes_halves_in_float32(
+    inputs: Inputs, dtype: torch.dtype, attend: Callable[..., torch.Tensor]
+) -> None:
     q, window, keep, entries, some, sinks = (x.detach() for x in inputs)
     halves = [x.to(dtype) for x in (q, window, entries)]
-    wide = ops.sink_attention(
+    wide = attend(
         halves[0].float(), halves[1].float(), keep, halves[2].float(), some, sinks.float(), 0.3
     )
-    found = ops.sink_attention(halves[0], halves[1], keep, halves[2], some, sinks.float(), 0.3)
+    found = attend(halves[0], halves[1], keep, halves[2], some, sinks.float(), 0.3)
     assert torch.equal(found, wide.to(dtype))
 
 

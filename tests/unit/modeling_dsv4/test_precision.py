@@ -105,6 +105,54 @@ def test_the_list_survives_saving_and_loading(golden_dir: Path, tmp_path: Path, 
         assert all(torch.equal(state[n], before[n]) for n in _listed(again))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("kind", ["v4", "v41"])
+@torch.no_grad()
+def test_weights_on_disk_keep_the_list_and_give_the_same_bits(
+    tiny: Callable[..., Any], tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    tiny(kind).save_pretrained(tmp_path / "own")
+    resident = Dsv4ForCausalLM.from_pretrained(tmp_path / "own", dtype=dtype)
+    ids = torch.randint(3, 64, (2, 30))
+    count = resident.config.num_hidden_layers
+    layers = {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(count)}
+    rest = {name: "cpu" for name, _ in resident.model.named_children() if name != "layers"}
+    mixed = layers | {f"model.{name}": place for name, place in rest.items()} | {"lm_head": "disk"}
+    for place in ({"": "disk"}, mixed):
+        model = Dsv4ForCausalLM.from_pretrained(
+            tmp_path / "own", dtype=dtype, device_map=place, offload_folder=tmp_path / "disk"
+        )
+        assert any(p.is_meta for p in model.parameters())
+        assert {n: t.dtype for n, t in model.state_dict().items()} == {
+            n: t.dtype for n, t in resident.state_dict().items()
+        }
+        assert _listed(model) <= _wide(model)
+        assert torch.equal(model(ids).logits, resident(ids).logits)
+    # What lies on disk is written out again as it was.
+    model.save_pretrained(tmp_path / "again")
+    again = Dsv4ForCausalLM.from_pretrained(tmp_path / "again", dtype=dtype).state_dict()
+    assert all(torch.equal(again[n], t) for n, t in resident.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_release_on_disk_gives_the_same_bits(
+    golden: Callable[[str], Any], tmp_path: Path
+) -> None:
+    case = golden("v4_a_fp8")
+    model = Dsv4ForCausalLM.from_pretrained(
+        case.folder, dtype=torch.float32, device_map={"": "disk"}, offload_folder=tmp_path
+    )
+    ids = torch.randint(3, 64, (2, 30))
+    assert all(p.is_meta for p in model.parameters()) and _wide(model) == _wide(case.model)
+    assert torch.equal(model(ids).logits, case.model(ids).logits)
+
+
+def test_only_names_that_a_model_has_are_listed(tiny: Callable[..., Any]) -> None:
+    listed = {kind: tiny(kind)._keep_in_fp32_modules_strict for kind in ("v4", "v41")}
+    assert "hc_head" in listed["v4"] and "hc_head" not in listed["v41"]
+    assert listed["v4"] | listed["v41"] == set(FLOAT32_NAMES)
+
+
 def test_the_list_matters(golden: Callable[[str], Any]) -> None:
     # Were the rounding of these few tensors invisible, no test could guard them.
     case = golden("v4_b_bf16_mtp")

@@ -111,8 +111,8 @@ def table(rows: Sequence[Row], title: str = "") -> None:
     Console(width=160).print(shown)
 
 
-def write(path: Path | None, limits: Limits, rows: Sequence[Row]) -> None:
-    """Write limits and measurements as JSON, where a path is given."""
+def write(path: Path | None, limits: Limits, rows: Sequence[Row], **more: object) -> None:
+    """Write limits, measurements and what else came out as JSON, where a path is given."""
     if path is not None:
-        found = {"limits": asdict(limits), "rows": [asdict(r) for r in rows]}
+        found = {"limits": asdict(limits), "rows": [asdict(r) for r in rows], **more}
         path.write_text(json.dumps(found, indent=1) + "\n")

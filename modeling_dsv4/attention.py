@@ -32,7 +32,7 @@ from .indexer import Indexer, Selection, visible
 from .kernel_choice import use_triton
 from .layers import RMSNorm
 from .precision import Float32Parameters
-from .rotary import rotate, rotation
+from .rotary import norm_rotate, rotate, rotation
 from .segments import Segments
 from .storage import GroupedLinear
 
@@ -114,9 +114,10 @@ class Dsv4Attention(Float32Parameters):
         q_latent = self.q_a_norm(self.q_a_proj(hidden_states))
         q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
         if self.config.q_head_norm:
-            q = ops.rms_norm(q, None, 1e-6)
-        q = rotate(q, turn[:, :, None])
-        k = rotate(self.kv_norm(self.kv_proj(hidden_states)), turn)
+            q = norm_rotate(q, turn[:, :, None], 1e-6, self.kernels)
+        else:
+            q = rotate(q, turn[:, :, None], kernels=self.kernels)
+        k = rotate(self.kv_norm(self.kv_proj(hidden_states)), turn, kernels=self.kernels)
         if self.rounding is not None:
             k = self.rounding.key(k)
         if self.ratio:
@@ -197,7 +198,8 @@ class Dsv4Attention(Float32Parameters):
                 )
             )
         # Values were rotated as keys; turning back at the query makes their part relative too.
-        return rotate(torch.cat(out, dim=1), turn.conj()[:, :, None])
+        whole = torch.cat(out, dim=1)
+        return rotate(whole, turn[:, :, None], inverse=True, kernels=self.kernels)
 
     def _attend_by_kernel(
         self,

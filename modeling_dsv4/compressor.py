@@ -12,8 +12,6 @@ An entry is visible once its window is complete, the query's own token included.
 unfinished window are reached through the sliding window, which always covers them.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,7 +32,7 @@ class Compressor(Float32Parameters):
         self.ratio = ratio
         self.overlap = ratio == config.compressor_overlap_ratio
         width = 2 * channels if self.overlap else channels
-        self.channels = channels
+        self.kernels = "auto"  # see kernel_choice.py
         # Called as modules, never by their weights: offloading and adapters hook into the call.
         linear = Float32Linear if ratio > 1 else nn.Linear
         self.kv_proj = linear(config.hidden_size, width, bias=False)
@@ -62,7 +60,8 @@ class Compressor(Float32Parameters):
         slots = self._slots(both, windows, segments, ring)  # [B, M, slots, 2, width]
         if ring is not None:
             ring.write(both, segments)
-        pooled = self._pool(slots, windows)
+        overlap = windows.overlap if self.overlap else None
+        pooled = ops.pool_windows(slots, self.position_bias, overlap, self.kernels)
         return self.kv_norm(pooled.to(hidden_states.dtype))
 
     def _slots(
@@ -85,21 +84,6 @@ class Compressor(Float32Parameters):
         back = torch.arange(span, device=both.device)
         index = windows.last.clamp(min=0)[..., None] + back  # column + past - (span - 1) + slot
         return _take(extended, index)
-
-    def _pool(self, slots: torch.Tensor, windows: Windows) -> torch.Tensor:
-        values, gates = slots.unbind(3)  # [B, M, slots, width]
-        bias = self.position_bias
-        if not self.overlap:
-            return ops.gated_pool(values, gates if bias is None else gates + bias)
-        w, c = self.ratio, self.channels
-        if bias is not None:
-            gates = gates + bias.repeat(2, 1)
-        # `lo` channels of the window before, `hi` channels of its own: 2W slots of C channels.
-        values = torch.cat((values[:, :, :w, :c], values[:, :, w:, c:]), dim=2)
-        gates = torch.cat((gates[:, :, :w, :c], gates[:, :, w:, c:]), dim=2)
-        absent = torch.arange(2 * w, device=slots.device) < w
-        absent = absent & ~windows.overlap[..., None]  # [B, M, slots]
-        return ops.gated_pool(values, gates.masked_fill(absent[..., None], -math.inf))
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -24,20 +24,23 @@ from .segments import Segments
 
 
 class EngramGate(nn.Module):
-    """Streams and keys [B, S, N, D] -> gate [B, S, N] float32; see `ops.engram_gate`."""
+    """Gate [B, S, N] float32 and streams [B, S, N, D] with memory; see `ops.engram_add`."""
 
     def __init__(self, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.kernels = "auto"
 
     def forward(
         self,
         streams: torch.Tensor,
         key: torch.Tensor,
+        value: torch.Tensor,
         q_weight: torch.Tensor,
         k_weight: torch.Tensor,
-    ) -> torch.Tensor:
-        return ops.engram_gate(streams, key, q_weight, k_weight, self.eps)
+        live: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.engram_add(streams, key, value, q_weight, k_weight, live, self.eps, self.kernels)
 
 
 class Engram(nn.Module):
@@ -68,11 +71,8 @@ class Engram(nn.Module):
         n, d = streams.shape[-2:]
         memory = self.embed(rows).flatten(-2).to(streams.dtype)
         key, value = self.kv_proj(memory).split([n * d, d], dim=-1)
-        gate = self.gate(streams, key.unflatten(-1, (n, d)), self.q_weight, self.k_weight)
-        if live is not None:
-            gate = gate * live[..., None]
-        added = gate[..., None] * ops.fp32(value)[..., None, :]
-        return (ops.fp32(streams) + added).to(streams.dtype)
+        key = key.unflatten(-1, (n, d))
+        return self.gate(streams, key, value, self.q_weight, self.k_weight, live)[1]
 
 
 def lookup_rows(

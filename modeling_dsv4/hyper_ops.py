@@ -242,7 +242,5 @@ def open_site(
         return hyper.open_site(
             streams, handed, fn, base, scale, iters=iters, eps=eps, rms_eps=rms_eps
         )
-    pre, post, comb = coefficients(
-        streams, fn, base, scale, iters=iters, eps=eps, rms_eps=rms_eps
-    )
+    pre, post, comb = coefficients(streams, fn, base, scale, iters=iters, eps=eps, rms_eps=rms_eps)
     return collapse(streams, pre if handed is None else handed), pre, post, comb, streams

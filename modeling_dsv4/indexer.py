@@ -162,7 +162,7 @@ class Indexer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Index queries [B, s, I, J] and their heads' weights [B, s, I]."""
         query = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
-        query = rotate(query, turn[:, :, None])
+        query = rotate(query, turn[:, :, None], kernels=self.kernels)
         if self.rounding is not None:
             query = self.rounding.index(query)
         weight = ops.fp32(self.weights_proj(x)) * (self.channels * self.heads) ** -0.5

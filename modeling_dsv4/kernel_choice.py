@@ -62,7 +62,7 @@ def set_kernels(model: nn.Module, mode: str) -> None:
         )
     for module in model.modules():
         if hasattr(module, "kernels"):
-            module.kernels = mode
+            module.__dict__["kernels"] = mode
 
 
 def _importable(name: str) -> bool:

@@ -174,6 +174,7 @@ class Dsv4MLP(nn.Module):
         super().__init__()
         width = config.moe_intermediate_size * config.n_shared_experts
         self.swiglu_limit = config.swiglu_limit
+        self.kernels = "auto"
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
@@ -181,7 +182,7 @@ class Dsv4MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
         gate_up = torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1)
-        return self.down_proj(ops.swiglu(gate_up, self.swiglu_limit))
+        return self.down_proj(ops.swiglu(gate_up, self.swiglu_limit, kernels=self.kernels))
 
 
 class Dsv4MoE(nn.Module):

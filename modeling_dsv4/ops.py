@@ -10,14 +10,22 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .kernel_choice import use_triton
+
 
 def fp32(x: torch.Tensor) -> torch.Tensor:
     """Promote half precision to float32; leave float32 and float64 alone."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, kernels: str = "torch"
+) -> torch.Tensor:
     """`w * x * rsqrt(mean(x^2) + eps)` over the last axis, in float32, rounded once."""
+    if weight is not None and use_triton(kernels, x):
+        from .kernels import norm
+
+        return norm.rms_norm(x, weight, eps)
     y = fp32(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
@@ -26,12 +34,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
 
 
 def swiglu(
-    gate_up: torch.Tensor, limit: float | None, weight: torch.Tensor | None = None
+    gate_up: torch.Tensor,
+    limit: float | None,
+    weight: torch.Tensor | None = None,
+    kernels: str = "torch",
 ) -> torch.Tensor:
     """Clamped SwiGLU of [..., 2F] -> [..., F], times a routing weight [...], in float32.
 
     The gate is clamped from above only, the up half on both sides.
     """
+    if use_triton(kernels, gate_up):
+        from .kernels import swiglu as fused
+
+        return fused.swiglu(gate_up, limit, weight)
     gate, up = fp32(gate_up).chunk(2, dim=-1)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
@@ -87,6 +102,40 @@ def scatter_rows(y: torch.Tensor, token: torch.Tensor, like: torch.Tensor) -> to
 def gated_pool(values: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """`e = sum_w softmax_w(g) * a` per channel: [..., W, C] -> [..., C] in float32."""
     return (gates.softmax(-2) * values).sum(-2)
+
+
+def pool_windows(
+    slots: torch.Tensor,
+    bias: torch.Tensor | None,
+    overlap: torch.Tensor | None,
+    kernels: str = "torch",
+) -> torch.Tensor:
+    """Pool windows of W tokens, alone or with the window before (V4 §2.3.1-2.3.2).
+
+    Args:
+        slots: values and gates [B, M, W, 2, C] float32; with overlap [B, M, 2W, 2, 2C], the
+            window before first, of which the first C channels count, as the last C of its own do.
+        bias: added to the gates by place in the window: [W, C], with overlap [W, 2C]; or None.
+        overlap: [B, M] bool, which windows have one before; None where windows do not overlap.
+
+    Returns:
+        [B, M, C].
+    """
+    if use_triton(kernels, slots):
+        from .kernels import pool
+
+        return pool.pool_windows(slots, bias, overlap)
+    values, gates = slots.unbind(3)  # [B, M, slots, width]
+    if overlap is None:
+        return gated_pool(values, gates if bias is None else gates + bias)
+    w, c = slots.shape[2] // 2, slots.shape[4] // 2
+    if bias is not None:
+        gates = gates + bias.repeat(2, 1)
+    values = torch.cat((values[:, :, :w, :c], values[:, :, w:, c:]), dim=2)
+    gates = torch.cat((gates[:, :, :w, :c], gates[:, :, w:, c:]), dim=2)
+    absent = torch.arange(2 * w, device=slots.device) < w
+    absent = absent & ~overlap[..., None]  # [B, M, slots]
+    return gated_pool(values, gates.masked_fill(absent[..., None], -math.inf))
 
 
 def index_scores(query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -218,3 +267,32 @@ def engram_gate(
     weight = fp32(q_weight) * fp32(k_weight)
     dot = (h * weight * k).sum(-1) * r * h.shape[-1] ** -0.5
     return torch.sigmoid(torch.copysign(dot.abs().clamp(min=1e-6).sqrt(), dot))
+
+
+def engram_add(
+    streams: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    live: torch.Tensor | None,
+    eps: float,
+    kernels: str = "torch",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`h_n + live gate_n v` in float32, rounded once; see `engram_gate`.
+
+    Args:
+        value: [..., D].
+        live: [...] bool, false where nothing is added; None = all live.
+
+    Returns:
+        the gate [..., N] as if all were live, and the streams [..., N, D].
+    """
+    if use_triton(kernels, streams):
+        from .kernels import engram
+
+        return engram.engram_add(streams, key, value, q_weight, k_weight, live, eps)
+    gate = engram_gate(streams, key, q_weight, k_weight, eps)
+    opened = gate if live is None else gate * live[..., None]
+    added = opened[..., None] * fp32(value)[..., None, :]
+    return gate, (fp32(streams) + added).to(streams.dtype)

@@ -11,7 +11,8 @@ import math
 import torch
 
 from .configuration_dsv4 import Dsv4Config
-from .ops import fp32
+from .kernel_choice import use_triton
+from .ops import fp32, rms_norm
 
 
 def inverse_frequencies(
@@ -43,9 +44,28 @@ def rotation(position: torch.Tensor, config: Dsv4Config, compressed: bool) -> to
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """Turn the last R channels of [..., C] by [..., R/2] (broadcast); conjugate to turn back."""
+def rotate(
+    x: torch.Tensor, turn: torch.Tensor, inverse: bool = False, kernels: str = "torch"
+) -> torch.Tensor:
+    """Turn the last R channels of [..., C] by [..., R/2] (broadcast), or turn them back."""
+    if use_triton(kernels, x):
+        from .kernels import rotary as fused
+
+        return fused.rotate(x, turn, inverse)
+    if inverse:
+        turn = turn.conj()
     r = 2 * turn.shape[-1]
     plain, pairs = x[..., :-r], fp32(x[..., -r:]).unflatten(-1, (-1, 2))
     turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
     return torch.cat((plain, turned.flatten(-2).to(x.dtype)), dim=-1)
+
+
+def norm_rotate(
+    x: torch.Tensor, turn: torch.Tensor, eps: float, kernels: str = "torch"
+) -> torch.Tensor:
+    """Norm each head [..., C] without a weight, round, and turn it; see `rotate`."""
+    if use_triton(kernels, x):
+        from .kernels import rotary as fused
+
+        return fused.rotate(x, turn, eps=eps)
+    return rotate(rms_norm(x, None, eps), turn)

@@ -5,7 +5,7 @@ On a CPU Triton's interpreter runs them, at sizes that show every mask; on a GPU
 run at the model's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +15,10 @@ from modeling_dsv4 import hyper_ops
 hyper = pytest.importorskip("modeling_dsv4.kernels.hyper")
 closing = pytest.importorskip("modeling_dsv4.kernels.expand")
 
+pytestmark = pytest.mark.usefixtures("poison")
+
 Tensors = list[torch.Tensor]
+Agree = Callable[..., None]
 EPS = 1e-6
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="uses the GPU")),
@@ -26,21 +29,6 @@ SMALL = hyper.Tiles(
     project=(16, 16, 4, 2), project_handed=(16, 16, 4, 2), split=2, finish=(4, 16, 4),
     dots=1, slopes=8, spread=(16, 16, 4, 2), spread_split=2,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory is NaN, so that an element nobody writes shows."""
-    for name in ("empty_like", "empty"):
-        plain = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, plain=plain, **k: _nan(plain(*a, **k)))
-    plain_new = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _nan(plain_new(*a, **k)))
-    yield
-
-
-def _nan(x: torch.Tensor) -> torch.Tensor:
-    return x.fill_(torch.nan) if x.is_floating_point() else x
 
 
 def _site(batch: tuple[int, ...], n: int, d: int, dtype: torch.dtype, device: str) -> Tensors:
@@ -57,33 +45,6 @@ def _expanding(batch: tuple[int, ...], n: int, d: int, dtype: torch.dtype, devic
     u, streams = torch.randn(*batch, d).to(dtype), torch.randn(*batch, n, d).to(dtype)
     made = [u, streams, torch.rand(*batch, n), torch.rand(*batch, n, n)]
     return [x.to(device).requires_grad_() for x in made]
-
-
-def _agree(
-    fused: Callable[..., tuple[torch.Tensor, ...]],
-    reference: Callable[..., tuple[torch.Tensor, ...]],
-    inputs: Tensors,
-    tolerance: float,
-) -> None:
-    """Compare outputs and gradients, against the reference in float32 of the same numbers.
-
-    `tolerance` is relative to the largest number of each tensor.
-    """
-    wide = [x.detach().float().requires_grad_() for x in inputs]
-    found, expected = fused(*inputs), reference(*wide)
-    # Numbers that the outputs' dtype holds: autograd rounds what it sends back.
-    weights = [torch.randn_like(y).float() for y in found]
-    grads = torch.autograd.grad(
-        sum((y.float() * w).sum() for y, w in zip(found, weights, strict=True)), inputs
-    )
-    wanted = torch.autograd.grad(
-        sum((y * w).sum() for y, w in zip(expected, weights, strict=True)), wide
-    )
-    for i, (a, b) in enumerate(zip((*found, *grads), (*expected, *wanted), strict=True)):
-        assert a.shape == b.shape
-        if b.numel():
-            worst = (a.float() - b).abs().max() / b.abs().max().clamp(min=1e-30)
-            assert worst <= tolerance, f"tensor {i}: {worst:.1e}"
 
 
 def _both(single: bool, iters: int = 5, **more: object) -> tuple[Callable, Callable]:
@@ -115,12 +76,12 @@ TOLERANCE = {"cpu": INTERPRETED, "cuda": ON_GPU}
     ids=str,
 )  # fmt: skip
 def test_a_site_opens_as_its_reference_does(
-    batch: tuple[int, ...], n: int, d: int, dtype: torch.dtype, single: bool
+    agree: Agree, batch: tuple[int, ...], n: int, d: int, dtype: torch.dtype, single: bool
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("uses the GPU")
     fused, reference = _both(single, tiles=SMALL)
-    _agree(fused, reference, _site(batch, n, d, dtype, "cpu"), INTERPRETED[dtype])
+    agree(fused, reference, _site(batch, n, d, dtype, "cpu"), INTERPRETED[dtype])
 
 
 @pytest.mark.gpu
@@ -128,21 +89,21 @@ def test_a_site_opens_as_its_reference_does(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("batch", "d"), [((2, 513), 4096), ((1,), 5120), ((3, 77), 100)], ids=str)
 def test_a_site_opens_as_its_reference_does_at_real_size(
-    batch: tuple[int, ...], d: int, dtype: torch.dtype, single: bool
+    agree: Agree, batch: tuple[int, ...], d: int, dtype: torch.dtype, single: bool
 ) -> None:
     fused, reference = _both(single, iters=20)
-    _agree(fused, reference, _site(batch, 4, d, dtype, "cuda"), ON_GPU[dtype])
+    agree(fused, reference, _site(batch, 4, d, dtype, "cuda"), ON_GPU[dtype])
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_twenty_iterations_have_the_gradient_of_twenty(device: str) -> None:
+def test_twenty_iterations_have_the_gradient_of_twenty(agree: Agree, device: str) -> None:
     fused, reference = _both(False, iters=20, tiles=SMALL)
     inputs = _site((5,), 4, 16, torch.float32, device)
     with torch.no_grad():
         inputs[4].mul_(4)
-    _agree(fused, reference, inputs, 2e-4)
+    agree(fused, reference, inputs, 2e-4)
     with pytest.raises(AssertionError, match="tensor"):
-        _agree(_both(False, iters=19, tiles=SMALL)[0], reference, inputs, 2e-4)
+        agree(_both(False, iters=19, tiles=SMALL)[0], reference, inputs, 2e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -181,10 +142,10 @@ def test_streams_that_are_one_stream_repeated_are_read_as_such(device: str) -> N
     ids=str,
 )  # fmt: skip
 def test_a_site_closes_as_its_reference_does(
-    batch: tuple[int, ...], n: int, d: int, dtype: torch.dtype, device: str
+    agree: Agree, batch: tuple[int, ...], n: int, d: int, dtype: torch.dtype, device: str
 ) -> None:
     tiles = closing.Tiles(forward=(128, 4), backward=1)
-    _agree(
+    agree(
         lambda *x: (closing.expand(*x, tiles),),
         lambda *x: (hyper_ops.expand_ref(*x),),
         _expanding(batch, n, d, dtype, device),
@@ -195,8 +156,10 @@ def test_a_site_closes_as_its_reference_does(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d", [4096, 5120])
-def test_a_site_closes_as_its_reference_does_at_real_size(d: int, dtype: torch.dtype) -> None:
-    _agree(
+def test_a_site_closes_as_its_reference_does_at_real_size(
+    agree: Agree, d: int, dtype: torch.dtype
+) -> None:
+    agree(
         lambda *x: (closing.expand(*x),),
         lambda *x: (hyper_ops.expand_ref(*x),),
         _expanding((2, 515), 4, d, dtype, "cuda"),

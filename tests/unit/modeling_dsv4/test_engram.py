@@ -83,7 +83,7 @@ def test_half_streams_are_added_to_in_float32_and_rounded_once(engram: Engram) -
     seen: list[torch.Tensor] = []
     half.kv_proj.register_forward_hook(lambda module, args, out: seen.append(out))
     gates: list[torch.Tensor] = []
-    half.gate.register_forward_hook(lambda module, args, out: gates.append(out))
+    half.gate.register_forward_hook(lambda module, args, out: gates.append(out[0]))
     found = half(streams, rows, None)
     value = seen[0][..., 4 * 32 :].float()
     expected = streams.float() + gates[0][..., None] * value[..., None, :]

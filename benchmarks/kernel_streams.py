@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stream operations' kernels on this GPU against their byte floors and torch.
+
+Each row is one operation at the widths of a release, forward or backward, with the bytes that it
+must move. Floors come from a copy and a bf16 product measured in the same run. The last lines say
+what mHC costs a layer: its kernels, forward and backward, against the layer's matrix products.
+
+    python benchmarks/kernel_streams.py                    a table, under a minute
+    python benchmarks/kernel_streams.py --tune             also times other tiles of mHC's kernels
+    python benchmarks/kernel_streams.py --output r.json    the same as data too
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from gpu_limits import Limits, Row, require_gpu, table, time_us, write
+
+from modeling_dsv4 import hyper_ops, ops
+from modeling_dsv4.rotary import norm_rotate, rotate
+
+Tensors = Sequence[torch.Tensor]
+# mHC of four streams may add this much to a training step (mHC paper, abstract).
+MOST_OVERHEAD = 0.067
+SITE = {"iters": 20, "eps": 1e-6, "rms_eps": 1e-6}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The widths of a release that the streams see; letters of docs/notation.md."""
+
+    name: str
+    D: int
+    H: int
+    Q: int
+    F: int
+    I: int
+    N: int = 4
+    C: int = 512
+    R: int = 64
+    J: int = 128
+    O: int = 1024
+    G: int = 8
+    K: int = 6
+
+
+V4 = Shape("V4-Flash", 4096, 64, 1024, 2048, 64)
+V41 = Shape("V4.1-Flash", 5120, 64, 1280, 2304, 32)
+
+
+@dataclass
+class Case:
+    """One operation: `run(kernels)` gives outputs, `bytes` per direction."""
+
+    op: str
+    shape: str
+    run: Callable[[str], Tensors]
+    inputs: list[torch.Tensor]
+    forward: float
+    backward: float
+    flops: float = 0.0
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16, gain: float = 1.0) -> torch.Tensor:
+    x = gain * torch.randn(shape, device="cuda", dtype=torch.float32)
+    return x.to(dtype).requires_grad_()
+
+
+def size(*tensors: torch.Tensor) -> float:
+    return float(sum(x.numel() * x.element_size() for x in tensors))
+
+
+def site_inputs(s: Shape, n: int) -> list[torch.Tensor]:
+    rows = s.N * s.N + 2 * s.N
+    wide = torch.float32
+    return [
+        leaf(n, s.N, s.D), leaf(n, s.N, dtype=wide),
+        leaf(rows, s.N * s.D, dtype=wide, gain=(s.N * s.D) ** -0.5),
+        leaf(rows, dtype=wide), leaf(3, dtype=wide),
+    ]  # fmt: skip
+
+
+def mhc_cases(s: Shape, n: int) -> Iterator[Case]:
+    """Opening in both fashions, and closing."""
+    streams, handed, *parameters = site_inputs(s, n)
+    one, rows = n * s.D * 2, s.N * s.N + 2 * s.N
+    flops = 2.0 * n * s.N * s.D * rows
+    label = f"{n} x {s.N} x {s.D}"
+    for name, given in (("open, own pre", None), ("open, handed pre", handed)):
+        yield Case(
+            f"mHC {name}", label,
+            partial(_open, streams, given, parameters),
+            [streams, *parameters] + ([] if given is None else [handed]),
+            forward=size(streams) + one, backward=3 * size(streams) + one, flops=flops,
+        )  # fmt: skip
+    u, post, comb = leaf(n, s.D), leaf(n, s.N, dtype=torch.float32), leaf(n, s.N, s.N)
+    comb = comb.detach().float().requires_grad_()
+    yield Case(
+        "mHC expand", label,
+        lambda kernels: [hyper_ops.expand(u, streams, post, comb, kernels)],
+        [u, streams, post, comb],
+        forward=2 * size(streams) + one, backward=3 * size(streams) + 2 * one,
+    )  # fmt: skip
+
+
+def _open(
+    streams: torch.Tensor, handed: torch.Tensor | None, parameters: Tensors, kernels: str
+) -> Tensors:
+    return hyper_ops.open_site(streams, handed, *parameters, **SITE, kernels=kernels)
+
+
+def other_cases(s: Shape, n: int) -> Iterator[Case]:
+    """What else passes over whole activations: heads, norms, SwiGLU, pooling."""
+    angle = torch.randn(1, n, 1, s.R // 2, device="cuda")
+    turn = torch.polar(torch.ones_like(angle), angle)
+    q = leaf(1, n, s.H, s.C)
+    yield Case("q norm + rotate", f"{n} x {s.H} x {s.C}",
+               lambda kernels: [norm_rotate(q, turn, 1e-6, kernels)], [q],
+               2 * size(q), 3 * size(q))  # fmt: skip
+    yield Case("rotate back", f"{n} x {s.H} x {s.C}",
+               lambda kernels: [rotate(q, turn, True, kernels)], [q],
+               2 * size(q), 2 * size(q))  # fmt: skip
+    x, w = leaf(n, s.D), leaf(s.D)
+    yield Case("RMSNorm", f"{n} x {s.D}", lambda kernels: [ops.rms_norm(x, w, 1e-6, kernels)],
+               [x, w], 2 * size(x), 3 * size(x))  # fmt: skip
+    h, v = leaf(n * s.K, 2 * s.F), leaf(n * s.K, dtype=torch.float32)
+    yield Case("SwiGLU, routed", f"{n * s.K} x {s.F}",
+               lambda kernels: [ops.swiglu(h, 10.0, v, kernels)], [h, v],
+               1.5 * size(h), 2.5 * size(h))  # fmt: skip
+    wide = torch.float32
+    for w_tokens, overlaps in ((4, True), (128, False)):
+        m, k = n // w_tokens, 2 if overlaps else 1
+        slots = leaf(1, m, k * w_tokens, 2, k * s.C, dtype=wide)
+        bias = leaf(w_tokens, k * s.C, dtype=wide)
+        overlap = torch.arange(m, device="cuda")[None] > 0 if overlaps else None
+        # With overlap half of each slot counts; the gradient of the other half is 0, written.
+        yield Case(f"pool, W = {w_tokens}", f"{n} x {s.C}",
+                   lambda kernels, a=slots, b=bias, o=overlap: [
+                       ops.pool_windows(a, b, o, kernels)], [slots, bias],
+                   size(slots) / k + m * s.C * 4, size(slots) / k + size(slots))  # fmt: skip
+
+
+def engram_cases(s: Shape, n: int) -> Iterator[Case]:
+    streams, key, value = leaf(n, s.N, s.D), leaf(n, s.N, s.D), leaf(n, s.D)
+    qw, kw = leaf(s.N, s.D), leaf(s.N, s.D)
+    inputs = [streams, key, value, qw, kw]
+    yield Case("Engram gate + add", f"{n} x {s.N} x {s.D}",
+               lambda kernels: ops.engram_add(*inputs, None, 1e-6, kernels)[1:], inputs,
+               3 * size(streams) + size(value), 5 * size(streams) + 2 * size(value))  # fmt: skip
+
+
+def measure(case: Case, limits: Limits, against_torch: bool) -> list[Row]:
+    """Time both directions of one case: two rows."""
+    found: dict[str, list[float]] = {}
+    for kernels in ("triton", "torch") if against_torch else ("triton",):
+        with torch.no_grad():
+            forward = time_us(lambda k=kernels: case.run(k))
+        outputs = [y for y in case.run(kernels) if y.requires_grad]
+        grads = [torch.randn_like(y) for y in outputs]
+        backward = time_us(
+            lambda o=outputs, g=grads: torch.autograd.grad(o, case.inputs, g, retain_graph=True)
+        )
+        found[kernels] = [forward, backward]
+        del outputs, grads
+    theirs = found.get("torch", [None, None])
+    return [
+        Row(f"{case.op}, {name}", case.shape, moved, flops, limits.floor_us(moved, flops),
+            found["triton"][i], theirs[i])
+        for i, (name, moved, flops) in enumerate((
+            ("forward", case.forward, case.flops), ("backward", case.backward, 2 * case.flops)))
+    ]  # fmt: skip
+
+
+def layer_products_us(s: Shape, n: int) -> float:
+    """A layer's matrix products, forward and backward: projections, K + 1 experts a token."""
+    sizes = [(s.D, s.Q), (s.Q, s.H * s.C), (s.D, s.C), (s.G * s.O, s.D)]
+    total = sum(_product_us(n, a, b) for a, b in sizes)
+    total += s.G * _product_us(n, s.H * s.C // s.G, s.O)
+    rows = n * (s.K + 1)
+    total += _product_us(rows, s.D, 2 * s.F) + _product_us(rows, s.F, s.D)
+    return total
+
+
+def _product_us(n: int, a: int, b: int) -> float:
+    x, w = (torch.randn(i, j, device="cuda", dtype=torch.bfloat16) for i, j in ((n, a), (a, b)))
+    g = torch.randn(n, b, device="cuda", dtype=torch.bfloat16)
+    return sum(time_us(f, runs=5) for f in (lambda: x @ w, lambda: g @ w.T, lambda: x.T @ g))
+
+
+def overhead(rows: Sequence[Row], s: Shape, n: int, opening: str) -> dict[str, Any]:
+    """Two sites of mHC against the layer's products, and against their own floor."""
+    mine = [r for r in rows if r.op.startswith((f"mHC {opening}", "mHC expand"))]
+    us, floor = (2 * sum(getattr(r, name) for r in mine) for name in ("us", "floor_us"))
+    products = layer_products_us(s, n)
+    theirs = 2 * sum(r.torch_us or 0.0 for r in mine)
+    line = f"mHC of a {s.name} layer, {n} tokens, forward and backward: {us / 1e3:.2f} ms of "
+    line += f"{products / 1e3:.2f} ms of matrix products = {us / products:.1%} "
+    line += f"(its floor: {floor / products:.1%}; torch: {theirs / products:.1%}; "
+    print(line + f"wanted: {MOST_OVERHEAD:.1%})")
+    return {"shape": s.name, "mhc_us": us, "floor_us": floor, "products_us": products}
+
+
+def tune(s: Shape, n: int) -> None:
+    """Time the launches of an mHC site with other tiles, each against the tile in use."""
+    from modeling_dsv4.kernels import expand, hyper
+
+    streams, handed, *parameters = site_inputs(s, n)
+    base = hyper.Tiles()
+    choices = {
+        "project": [(64, 64, 4, 3), (64, 128, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3),
+                    (128, 64, 4, 3), (32, 128, 4, 3), (64, 64, 4, 4)],
+        "project_handed": [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (32, 64, 4, 2),
+                           (128, 32, 8, 2)],
+        "split": [2, 4, 8],
+        "finish": [(4, 1024, 4), (1, 1024, 4), (2, 1024, 4), (4, 512, 4), (8, 512, 4)],
+        "dots": [2, 4, 8],
+        "slopes": [16, 32, 64],
+        "spread": [(64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2),
+                   (128, 64, 8, 2), (32, 128, 4, 2), (32, 64, 4, 3)],
+        "spread_split": [2, 4, 8, 16],
+    }  # fmt: skip
+    for field, values in choices.items():
+        given = handed if field == "project_handed" else None
+        for value in values:
+            tiles = base._replace(**{field: value})
+            run = partial(hyper.open_site, streams, given, *parameters, **SITE, tiles=tiles)
+            print(f"tile {field} = {value}: {_both_ways(run, [streams, *parameters])}")
+    u, comb = leaf(n, s.D), leaf(n, s.N, s.N, dtype=torch.float32)
+    for d, warps, back in (
+        (1024, 4, 4), (2048, 4, 2), (512, 2, 8), (4096, 8, 4), (1024, 2, 1)
+    ):  # fmt: skip
+        tiles = expand.Tiles((d, warps), back)
+        run = partial(expand.expand, u, streams, handed, comb, tiles)
+        print(f"tile {tiles}: {_both_ways(lambda r=run: [r()], [u, streams, handed, comb])}")
+
+
+def _both_ways(run: Callable[[], Tensors], inputs: list[torch.Tensor]) -> str:
+    try:
+        with torch.no_grad():
+            forward = time_us(run, runs=7)
+        outputs = list(run())
+        grads = [torch.randn_like(y) for y in outputs]
+        backward = time_us(
+            lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True), runs=7
+        )
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:80]}"
+    return f"forward {forward:.0f} us, backward {backward:.0f} us"
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="mHC alone, 2048 tokens.")] = False,
+    tokens: Annotated[int, typer.Option(help="Tokens of a pass.")] = 8192,
+    tiles: Annotated[bool, typer.Option("--tune", help="Time other tiles of mHC too.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON.")] = None,
+) -> None:
+    """Measure the stream operations' kernels."""
+    require_gpu()
+    n = 2048 if quick else tokens
+    limits = Limits.measure()
+    print(f"{limits.device}, torch {torch.__version__}: copy {limits.copy / 1e12:.2f} TB/s, "
+          f"bf16 product {limits.matmul / 1e12:.0f} TFLOP/s")  # fmt: skip
+    rows: list[Row] = []
+    for case in mhc_cases(V4, n):
+        rows += measure(case, limits, against_torch=True)
+    costs = [overhead(rows, V4, n, "open, own"), overhead(rows, V4, n, "open, handed")]
+    if not quick:
+        for cases in (other_cases(V4, n), mhc_cases(V41, n), engram_cases(V41, n)):
+            for case in cases:
+                rows += measure(case, limits, against_torch=True)
+    table(rows, "stream operations")
+    if tiles:
+        tune(V4, n)
+    write(output, limits, rows, mhc_overhead=costs)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -132,7 +132,6 @@ def attend_forward(
         stop = tl.minimum(count, (split + 1) * share)
         for at in tl.range(split * share, stop, BLOCK_N, num_stages=STAGES):
             index, valid = _entry_index(ids + token * K, at + n, low, high, stop, BY_ID)
-            valid = valid & (at + n < stop)
             k = _load_rows(entries + b * T * C, index, valid, C, c, DOT)
             acc, m, l = _step(qh, k, valid, acc, m, l, scale, PRECISION)
 

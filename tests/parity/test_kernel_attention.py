@@ -191,6 +191,7 @@ Make = Callable[..., Dsv4ForCausalLM]
 
 def _by_kernel(model: Dsv4ForCausalLM) -> None:
     """Attention and indexers alone, so that other twins stay out of the comparison."""
+    model.set_kernels("torch")
     for module in model.modules():
         if isinstance(module, Dsv4Attention | Indexer):
             module.kernels = "triton"
@@ -201,6 +202,7 @@ def _by_kernel(model: Dsv4ForCausalLM) -> None:
 def test_a_model_says_the_same_in_documents_and_chunks(tiny: Make, kind: str, device: str) -> None:
     layers = {"num_hidden_layers": 2, "compress_ratios": [4, 8]} if kind == "v4" else {}
     plain, fast = (tiny(kind, **layers).to(device) for _ in range(2))
+    plain.set_kernels("torch")
     _by_kernel(fast)
     # Each sees more entries than it may choose, in both documents of v41.
     s, cut = {"v4": (25, 23), "v41": (11, 9)}[kind]
@@ -220,6 +222,7 @@ def test_a_model_trains_the_same(tiny: Make, device: str) -> None:
     grads = []
     for by_kernel in (False, True):
         model = tiny("v4", num_hidden_layers=2, compress_ratios=[2, 8], compressor_overlap_ratio=2)
+        model.set_kernels("torch")
         if by_kernel:
             _by_kernel(model)
         model.to(device)(ids, labels=ids).loss.backward()

@@ -110,7 +110,7 @@ def test_packed_keys_score_as_unpacked_ones(device: str) -> None:
 def test_the_best_are_exact_in_one_stage_and_in_more(device: str, row: int, k: int) -> None:
     # At 32 values a program and k = 10, 100 values pass three stages.
     values = torch.randint(-4, 4, (5, 100), device=device).float() * -1.0
-    values[0, :60], values[1] = -torch.inf, values[1] * 0
+    values[0, :92], values[1] = -torch.inf, values[1] * 0
     count = torch.tensor([100, 100, 5, 0, 63], device=device, dtype=torch.int32)
     hidden = _hidden(values, torch.zeros_like(count), count)
     found = kernel.top_k(values, count, k, row=row)

@@ -92,14 +92,16 @@ def test_scores_agree(device: str, which: int, dtype: torch.dtype) -> None:
 def test_packed_keys_score_as_unpacked_ones(device: str) -> None:
     b, s, t, i, j = (1, 40, 3000, 64, 128) if device == "cuda" else (1, 3, 19, 5, 64)
     query, keys, weight = _inputs((b, s, t, i, j), device)
-    keys = keys * torch.logspace(-6, 6, t, device=device)[:, None]
+    size = torch.logspace(-6, 6, t, device=device)
+    keys = keys * size[:, None]
     codes, scale = pack_fp4(keys)
     packed = torch.cat((codes.view(torch.uint8), scale.view(torch.uint8)), -1)
     assert packed.shape[-1] == j // 2 + j // 32
     expected = ops.index_scores(query, unpack_fp4(codes, scale, torch.float32), weight)
-    torch.testing.assert_close(
-        kernel.index_scores(query, packed, weight), expected, atol=1e-4, rtol=2e-5
-    )
+    found = kernel.index_scores(query, packed, weight)
+    # Heads cancel: what a sum's last digits are worth is told by its terms, not by the sum.
+    near = 1e-6 * (expected / size).abs().max().item()
+    torch.testing.assert_close(found / size, expected / size, atol=near, rtol=0)
     with pytest.raises(ValueError, match="bytes"):
         kernel.index_scores(query, packed[..., 1:], weight)
 

@@ -122,8 +122,9 @@ class Indexer(nn.Module):
             asks = (hidden_states, q_latent, turn)
             return self._choose_by_kernel(asks, keys, windows, k, before.candidates, keep)
         width = entries if before.candidates is None else self._entries_inside(before.candidates)
+        spans = [_step_span(entries)] if segments.step else _spans(windows, b, width)
         ids, blocks = [], []
-        for span in _spans(windows, b, width):
+        for span in spans:
             query, weight = self._queries(hidden_states, q_latent, turn, span.part)
             if before.candidates is not None:
                 inside = before.candidates[:, span.part]
@@ -280,6 +281,11 @@ def _spans(windows: Windows, batch: int, width: int) -> list[Span]:
             parts, torch.stack(borders).tolist(), strict=True
         )
     ]
+
+
+def _step_span(entries: int) -> Span:
+    """All entries under a mask, for one query a row: what it may read is not asked."""
+    return Span(slice(0, 1), 0, entries, entries, 0, one_start=False)
 
 
 def _best(scores: torch.Tensor, k: int, low: int) -> torch.Tensor:

@@ -281,6 +281,11 @@ def spread_kernel(
         tl.store(dfn + tl.program_id(1) * (ROWS * N * D) + at_fn, acc, mask=wanted)
 
 
+def tiles_for(n: int) -> Tiles:
+    """Few tokens make few blocks: then the channels are cut finer, to employ the whole GPU."""
+    return Tiles() if n > 1024 else Tiles(split=16)
+
+
 def _sizes(streams: torch.Tensor) -> tuple[int, int, int, int, int, bool]:
     """n, N, D, rows of fn, their padded number with one more column, whether to split fn."""
     n, N, D = streams.shape
@@ -390,7 +395,7 @@ def open_site(
     handed = None if handed is None else handed.reshape(-1, N).contiguous()
     y, pre, post, comb, passed = OpenSite.apply(
         streams.reshape(-1, N, D).contiguous(), handed, fn.contiguous(), base.contiguous(),
-        scale.contiguous(), (iters, eps, rms_eps), tiles or Tiles(),
+        scale.contiguous(), (iters, eps, rms_eps), tiles or tiles_for(batch.numel()),
     )  # fmt: skip
     return (
         y.view(*batch, D), pre.view(*batch, N), post.view(*batch, N), comb.view(*batch, N, N),

@@ -73,8 +73,15 @@ ENGRAM = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("n", "streams", "d"), [(3, 4, 24), (2, 3, 17), (0, 4, 8)], ids=str)
 def test_memory_is_gated_and_added_as_by_the_reference(
-    agree: Agree, n: int, streams: int, d: int, dtype: torch.dtype, device: str
+    agree: Agree,
+    n: int,
+    streams: int,
+    d: int,
+    dtype: torch.dtype,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("modeling_dsv4.kernels.engram.SLICES", 4)
     op, inputs = _engram(n, streams, d, dtype, device)
     agree(partial(op, "triton"), partial(op, "torch"), inputs, ENGRAM[device][dtype])
 

@@ -18,11 +18,12 @@ Forward, two launches:
               of the streams that `project` left in the L2 cache is met first.
 
 Backward, three launches, all from streams, fn and the R coefficients m with their r:
-    dots      grid (tokens): <h_j, dy>, the gradient of w
+    dots      grid (tokens): <h_j, dy>, the gradient of w, where w = pre: slopes want it whole
     slopes    grid (token blocks): through sigmoids and Sinkhorn to dz [n, R], q = scale dz r and
               the slope of r
     spread    grid (channel blocks, token slices): d streams = d passed + w_j dy + q fn + slope x,
-              and d fn = q^T x summed over the block's tokens
+              and d fn = q^T x summed over the block's tokens; <h_j, dy> of the block's channels
+              where w was handed on
 
 The site hands its streams through, so that the gradient which `expand` sends back arrives here
 and is added in `spread` instead of in a pass of its own.
@@ -280,9 +281,9 @@ def _sent_back(passed, dy, block, last, j, d, n, D, N: tl.constexpr, BT: tl.cons
 
 @triton.jit
 def spread_kernel(
-    streams, fn, passed, dy, w, q, slope, dstreams, dfn, n, D,
+    streams, fn, passed, dy, w, q, slope, dstreams, dfn, dw, n, D,
     N: tl.constexpr, ROWS: tl.constexpr, RP: tl.constexpr, SPLIT: tl.constexpr,
-    FN: tl.constexpr, BF16: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    FN: tl.constexpr, DW: tl.constexpr, BF16: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One block of channels of one stream, over a slice of the tokens."""
     blocks = tl.cdiv(D, BD)
@@ -313,7 +314,11 @@ def spread_kernel(
         at = (t[:, None] * N + j) * D + d[None, :]
         x = tl.load(streams + at, mask=inside, other=0.0)
         g += tl.load(w + t * N + j, mask=live, other=0.0)[:, None] * gy
-        g += tl.load(slope + t, mask=live, other=0.0)[:, None] * x.to(tl.float32)
+        wide = x.to(tl.float32)
+        g += tl.load(slope + t, mask=live, other=0.0)[:, None] * wide
+        if DW:
+            part = tl.program_id(0) % blocks
+            tl.store(dw + (part * n + t) * N + j, tl.sum(wide * gy, axis=1), mask=live)
         if BF16:
             c = tl.load(q + t[:, None] * LINES + line[None, :], mask=live[:, None], other=0.0)
             g += tl.dot(c, low, tl.dot(c, high))
@@ -324,7 +329,7 @@ def spread_kernel(
             c = tl.load(q + t[:, None] * ROWS + row[None, :], mask=some, other=0.0)
             g = tl.dot(c, f, g, input_precision="ieee")
             if FN:
-                acc = tl.dot(tl.trans(c), x.to(tl.float32), acc, input_precision="ieee")
+                acc = tl.dot(tl.trans(c), wide, acc, input_precision="ieee")
         tl.store(dstreams + at, g.to(dstreams.dtype.element_ty), mask=inside)
     if FN:
         if BF16:
@@ -417,9 +422,11 @@ class OpenSite(torch.autograd.Function):
         dfn = fn.new_empty(tiles.spread_split if wants_fn else 1, *fn.shape)
         with torch.cuda.device_of(streams):
             wide = 16 // streams.element_size()
-            dots_kernel[(n,)](
-                streams, dy, dw, D, N=N, LANES=32 * tiles.dots, WIDE=wide, num_warps=tiles.dots
-            )
+            if ctx.own:
+                dots_kernel[(n,)](
+                    streams, dy, dw, D, N=N, LANES=32 * tiles.dots, WIDE=wide,
+                    num_warps=tiles.dots,
+                )  # fmt: skip
             bt = tiles.slopes
             slopes_kernel[(triton.cdiv(n, bt),)](
                 mixes, norm, base, scale, dpre, dw, dpost, dcomb, dz, q, slope, n, D, eps,
@@ -427,16 +434,22 @@ class OpenSite(torch.autograd.Function):
                 BT=bt, num_warps=4,
             )  # fmt: skip
             bt, bd, warps, stages = tiles.spread
-            spread_kernel[(N * triton.cdiv(D, bd), tiles.spread_split)](
-                streams, fn, passed, dy, w, q, slope, dstreams, dfn, n, D,
-                N=N, ROWS=rows, RP=padded, SPLIT=tiles.spread_split, FN=wants_fn, BF16=bf16,
-                BT=bt, BD=bd, num_warps=warps, num_stages=stages,
+            blocks = triton.cdiv(D, bd)
+            wants_w = ctx.needs_input_grad[1]
+            parts = fn.new_empty(blocks if wants_w else 1, n, N)
+            spread_kernel[(N * blocks, tiles.spread_split)](
+                streams, fn, passed, dy, w, q, slope, dstreams, dfn, parts, n, D,
+                N=N, ROWS=rows, RP=padded, SPLIT=tiles.spread_split, FN=wants_fn, DW=wants_w,
+                BF16=bf16, BT=bt, BD=bd, num_warps=warps, num_stages=stages,
+                # Two programs a core hide each other's waiting.
+                maxnreg=min(65536 // (64 * warps), 255),
             )  # fmt: skip
-        parts = (dz * mixes).sum(0).split([N, N, N * N]) if ctx.needs_input_grad[4] else ()
-        dscale = torch.stack([part.sum() for part in parts]) if parts else None
+        sums = (dz * mixes).sum(0).split([N, N, N * N]) if ctx.needs_input_grad[4] else ()
+        dscale = torch.stack([part.sum() for part in sums]) if sums else None
         dbase = dz.sum(0) if ctx.needs_input_grad[3] else None
-        return (dstreams, None if ctx.own else dw, dfn.sum(0) if wants_fn else None, dbase, dscale,
-                None, None)  # fmt: skip
+        dhanded = parts.sum(0) if wants_w else None
+        dfn = dfn.sum(0) if wants_fn else None
+        return dstreams, dhanded, dfn, dbase, dscale, None, None
 
 
 def open_site(

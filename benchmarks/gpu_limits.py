@@ -69,7 +69,7 @@ def time_us(fn: Callable[[], object], runs: int = 20, warm: int = 3) -> float:
     pairs = []
     for _ in range(runs):
         flush.zero_()
-        torch.cuda._sleep(1_000_000)
+        torch.cuda._sleep(4_000_000)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         fn()

@@ -5,8 +5,8 @@ Each row is one operation at the widths of a release, forward or backward, with 
 must move. Floors come from a copy and a bf16 product measured in the same run. The last lines say
 what mHC costs a layer: its kernels, forward and backward, against the layer's matrix products.
 
-    python benchmarks/kernel_streams.py                    a table, under a minute
-    python benchmarks/kernel_streams.py --tune             also times other tiles of mHC's kernels
+    python benchmarks/kernel_streams.py                    a table, in about a minute
+    python benchmarks/kernel_streams.py --no-tune          with the tiles that the model takes
     python benchmarks/kernel_streams.py --output r.json    the same as data too
 """
 
@@ -84,7 +84,7 @@ def site_inputs(s: Shape, n: int) -> list[torch.Tensor]:
     ]  # fmt: skip
 
 
-def mhc_cases(s: Shape, n: int) -> Iterator[Case]:
+def mhc_cases(s: Shape, n: int, tiles: Any) -> Iterator[Case]:
     """Opening in both fashions, and closing."""
     streams, handed, *parameters = site_inputs(s, n)
     one, rows = n * s.D * 2, s.N * s.N + 2 * s.N
@@ -93,7 +93,7 @@ def mhc_cases(s: Shape, n: int) -> Iterator[Case]:
     for name, given in (("open, own pre", None), ("open, handed pre", handed)):
         yield Case(
             f"mHC {name}", label,
-            partial(_open, streams, given, parameters),
+            partial(_open, streams, given, parameters, tiles),
             [streams, *parameters] + ([] if given is None else [handed]),
             forward=size(streams) + one, backward=3 * size(streams) + one, flops=flops,
         )  # fmt: skip
@@ -108,9 +108,17 @@ def mhc_cases(s: Shape, n: int) -> Iterator[Case]:
 
 
 def _open(
-    streams: torch.Tensor, handed: torch.Tensor | None, parameters: Tensors, kernels: str
+    streams: torch.Tensor,
+    handed: torch.Tensor | None,
+    parameters: Tensors,
+    tiles: Any,
+    kernels: str,
 ) -> Tensors:
-    return hyper_ops.open_site(streams, handed, *parameters, **SITE, kernels=kernels)
+    if kernels == "triton":
+        from modeling_dsv4.kernels import hyper
+
+        return hyper.open_site(streams, handed, *parameters, **SITE, tiles=tiles)
+    return hyper_ops.open_site(streams, handed, *parameters, **SITE)
 
 
 def other_cases(s: Shape, n: int) -> Iterator[Case]:
@@ -204,58 +212,57 @@ def overhead(rows: Sequence[Row], s: Shape, n: int, opening: str) -> dict[str, A
     return {"shape": s.name, "mhc_us": us, "floor_us": floor, "products_us": products}
 
 
-def tune(s: Shape, n: int) -> None:
-    """Time the launches of an mHC site with other tiles, each against the tile in use."""
-    from modeling_dsv4.kernels import expand, hyper
+def tune(s: Shape, n: int) -> Any:
+    """Choose the tiles of mHC's launches one after the other, by the time of their direction."""
+    from modeling_dsv4.kernels import hyper
 
     streams, handed, *parameters = site_inputs(s, n)
-    base = hyper.Tiles()
-    choices = {
-        "project": [(64, 64, 4, 3), (64, 128, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3),
-                    (128, 64, 4, 3), (32, 128, 4, 3), (64, 64, 4, 4)],
-        "project_handed": [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (32, 64, 4, 2),
-                           (128, 32, 8, 2)],
-        "split": [2, 4, 8],
-        "finish": [(4, 1024, 4), (1, 1024, 4), (2, 1024, 4), (4, 512, 4), (8, 512, 4)],
-        "dots": [2, 4, 8],
-        "slopes": [16, 32, 64],
-        "spread": [(64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2),
-                   (128, 64, 8, 2), (32, 128, 4, 2), (32, 64, 4, 3)],
-        "spread_split": [2, 4, 8, 16],
+    best = hyper.tiles_for(n)
+    tried = {
+        "project": [(64, 64, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3)],
+        "project_handed": [(64, 64, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3)],
+        "split": [2, 8],
+        "finish": [(4, 512, 4), (2, 1024, 4)],
+        "dots": [2, 8],
+        "spread": [(64, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 3),
+                   (128, 32, 8, 2)],
+        "spread_split": [2, 8],
     }  # fmt: skip
-    for field, values in choices.items():
+    for field, values in tried.items():
         given = handed if field == "project_handed" else None
-        for value in values:
-            tiles = base._replace(**{field: value})
+        times = {}
+        for value in (getattr(best, field), *values):
+            tiles = best._replace(**{field: value})
             run = partial(hyper.open_site, streams, given, *parameters, **SITE, tiles=tiles)
-            print(f"tile {field} = {value}: {_both_ways(run, [streams, *parameters])}")
-    u, comb = leaf(n, s.D), leaf(n, s.N, s.N, dtype=torch.float32)
-    for d, warps, back in (
-        (1024, 4, 4), (2048, 4, 2), (512, 2, 8), (4096, 8, 4), (1024, 2, 1)
-    ):  # fmt: skip
-        tiles = expand.Tiles((d, warps), back)
-        run = partial(expand.expand, u, streams, handed, comb, tiles)
-        print(f"tile {tiles}: {_both_ways(lambda r=run: [r()], [u, streams, handed, comb])}")
+            backward = field in ("dots", "spread", "spread_split")
+            times[value] = _direction_us(run, [streams, *parameters], backward)
+        best = best._replace(**{field: min(times, key=lambda value: times[value])})
+        print(f"tiles, {field}: " + ", ".join(f"{v}: {us:.0f} us" for v, us in times.items()))
+    print(f"tiles taken: {best}")
+    return best
 
 
-def _both_ways(run: Callable[[], Tensors], inputs: list[torch.Tensor]) -> str:
+def _direction_us(run: Callable[[], Tensors], inputs: list[torch.Tensor], backward: bool) -> float:
+    """Forward or backward; endless where a tile does not fit this GPU."""
+    from triton.runtime.errors import OutOfResources
+
     try:
-        with torch.no_grad():
-            forward = time_us(run, runs=7)
+        if not backward:
+            with torch.no_grad():
+                return time_us(run, runs=7)
         outputs = list(run())
         grads = [torch.randn_like(y) for y in outputs]
-        backward = time_us(
+        return time_us(
             lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True), runs=7
         )
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:80]}"
-    return f"forward {forward:.0f} us, backward {backward:.0f} us"
+    except OutOfResources:
+        return float("inf")
 
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="mHC alone, 2048 tokens.")] = False,
     tokens: Annotated[int, typer.Option(help="Tokens of a pass.")] = 8192,
-    tiles: Annotated[bool, typer.Option("--tune", help="Time other tiles of mHC too.")] = False,
+    tuned: Annotated[bool, typer.Option("--tune/--no-tune", help="Try tiles first.")] = True,
     output: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON.")] = None,
 ) -> None:
     """Measure the stream operations' kernels."""
@@ -264,18 +271,17 @@ def main(
     limits = Limits.measure()
     print(f"{limits.device}, torch {torch.__version__}: copy {limits.copy / 1e12:.2f} TB/s, "
           f"bf16 product {limits.matmul / 1e12:.0f} TFLOP/s")  # fmt: skip
+    tiles = tune(V4, n) if tuned else None
     rows: list[Row] = []
-    for case in mhc_cases(V4, n):
+    for case in mhc_cases(V4, n, tiles):
         rows += measure(case, limits, against_torch=True)
     costs = [overhead(rows, V4, n, "open, own"), overhead(rows, V4, n, "open, handed")]
     if not quick:
-        for cases in (other_cases(V4, n), mhc_cases(V41, n), engram_cases(V41, n)):
+        for cases in (other_cases(V4, n), mhc_cases(V41, n, tiles), engram_cases(V41, n)):
             for case in cases:
                 rows += measure(case, limits, against_torch=True)
     table(rows, "stream operations")
-    if tiles:
-        tune(V4, n)
-    write(output, limits, rows, mhc_overhead=costs)
+    write(output, limits, rows, mhc_overhead=costs, tiles=tiles)
 
 
 if __name__ == "__main__":

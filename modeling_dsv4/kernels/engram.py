@@ -13,7 +13,8 @@ Reference (`ops.engram_add`), per token and stream, w = q_weight k_weight [N, D]
 
 Grid: forward (tokens x streams); backward (tokens), which adds d v over its streams; weights'
 gradient (slices of tokens, streams x channel blocks): parts [SLICES, N, D], added afterwards.
-Tile: whole rows of BD >= D channels; channels from D on load 0 and are not stored.
+Tile: forward whole rows of BD >= D channels; backward [LANES, WIDE], WIDE what a thread loads at
+once, so that sums over WIDE stay inside a thread; channels from D on load 0 and are not stored.
 """
 
 from typing import Any
@@ -27,15 +28,22 @@ SLICES = 64
 
 
 @triton.jit
-def _gate(h, k, w, D, eps):
-    """The two inverse RMS, dot, sqrt of its clamped size, gate."""
-    rh = tl.rsqrt(tl.sum(h * h, axis=0) / D + eps)
-    rk = tl.rsqrt(tl.sum(k * k, axis=0) / D + eps)
-    dot = tl.sum(h * w * k, axis=0) * rh * rk / tl.sqrt(D.to(tl.float32))
+def _open(dot):
+    """The root of dot's clamped size, and the gate."""
     root = tl.sqrt(tl.maximum(tl.abs(dot), 1e-6))
     # By the sign's bit: -0 counts as negative.
-    signed = tl.where(dot.to(tl.int32, bitcast=True) < 0, -root, root)
-    return rh, rk, dot, root, tl.sigmoid(signed)
+    return root, tl.sigmoid(tl.where(dot.to(tl.int32, bitcast=True) < 0, -root, root))
+
+
+@triton.jit
+def _sides(streams, key, q_weight, k_weight, grad, row, j, d, D):
+    """h, k, w and g of one stream of a token."""
+    h = tl.load(streams + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    k = tl.load(key + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    w = tl.load(q_weight + j * D + d, mask=d < D, other=0.0).to(tl.float32)
+    w *= tl.load(k_weight + j * D + d, mask=d < D, other=0.0).to(tl.float32)
+    g = tl.load(grad + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    return h, k, w, g
 
 
 @triton.jit
@@ -50,7 +58,8 @@ def engram_kernel(
     k = tl.load(key + row * D + d, mask=d < D, other=0.0).to(tl.float32)
     w = tl.load(q_weight + j * D + d, mask=d < D, other=0.0).to(tl.float32)
     w *= tl.load(k_weight + j * D + d, mask=d < D, other=0.0).to(tl.float32)
-    _, _, _, _, g = _gate(h, k, w, D, eps)
+    r = tl.rsqrt(tl.sum(h * h, axis=0) / D + eps) * tl.rsqrt(tl.sum(k * k, axis=0) / D + eps)
+    _, g = _open(tl.sum(h * w * k, axis=0) * r / tl.sqrt(D.to(tl.float32)))
     tl.store(gate + row, g)
     if LIVE:
         g = tl.where(tl.load(live + t) != 0, g, 0.0)
@@ -62,33 +71,54 @@ def engram_kernel(
 def engram_backward_kernel(
     streams, key, value, q_weight, k_weight, live, dgate, grad,
     dstreams, dkey, dvalue, slope, D, eps,
-    N: tl.constexpr, LIVE: tl.constexpr, BD: tl.constexpr,
+    N: tl.constexpr, LIVE: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """One token: its inner products in a first walk over D, its gradients in a second."""
     t = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BD)
-    v = tl.load(value + t * D + d, mask=d < D, other=0.0).to(tl.float32)
-    dv = tl.zeros([BD], dtype=tl.float32)
+    at = tl.arange(0, LANES)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    sums = (tl.zeros([LANES], dtype=tl.float32),) * (4 * N)
+    for start in range(0, D, LANES * WIDE):
+        d = start + at
+        v = tl.load(value + t * D + d, mask=d < D, other=0.0).to(tl.float32)
+        added = ()
+        for j in tl.static_range(N):
+            h, k, w, g = _sides(streams, key, q_weight, k_weight, grad, t * N + j, j, d, D)
+            added = added + (  # noqa: RUF005
+                sums[4 * j] + tl.sum(h * h, axis=1),
+                sums[4 * j + 1] + tl.sum(k * k, axis=1),
+                sums[4 * j + 2] + tl.sum(h * w * k, axis=1),
+                sums[4 * j + 3] + tl.sum(g * v, axis=1),
+            )
+        sums = added
+    width = D.to(tl.float32)
     alive = 1.0
     if LIVE:
         alive = tl.where(tl.load(live + t) != 0, 1.0, 0.0)
-    for j in range(N):
-        row = t * N + j
-        h = tl.load(streams + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-        k = tl.load(key + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-        w = tl.load(q_weight + j * D + d, mask=d < D, other=0.0).to(tl.float32)
-        w *= tl.load(k_weight + j * D + d, mask=d < D, other=0.0).to(tl.float32)
-        g = tl.load(grad + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-        rh, rk, dot, root, opened = _gate(h, k, w, D, eps)
-        dv += alive * opened * g
-        ddot = (tl.load(dgate + row) + alive * tl.sum(g * v, axis=0)) * opened * (1 - opened)
+    factors = ()
+    for j in tl.static_range(N):
+        rh = tl.rsqrt(tl.sum(sums[4 * j], axis=0) / width + eps)
+        rk = tl.rsqrt(tl.sum(sums[4 * j + 1], axis=0) / width + eps)
+        c = rh * rk / tl.sqrt(width)
+        dot = tl.sum(sums[4 * j + 2], axis=0) * c
+        root, gate = _open(dot)
+        ddot = tl.load(dgate + t * N + j) + alive * tl.sum(sums[4 * j + 3], axis=0)
+        ddot = ddot * gate * (1 - gate)
         ddot = tl.where(tl.abs(dot) >= 1e-6, ddot / (2 * root), 0.0)
-        c = rh * rk / tl.sqrt(D.to(tl.float32))
-        tl.store(slope + row, ddot * c)
-        g += ddot * (c * w * k - dot * rh * rh * h / D)
-        tl.store(dstreams + row * D + d, g.to(dstreams.dtype.element_ty), mask=d < D)
-        g = ddot * (c * w * h - dot * rk * rk * k / D)
-        tl.store(dkey + row * D + d, g.to(dkey.dtype.element_ty), mask=d < D)
-    tl.store(dvalue + t * D + d, dv.to(dvalue.dtype.element_ty), mask=d < D)
+        tl.store(slope + t * N + j, ddot * c)
+        bend = ddot * dot / width
+        factors = factors + (ddot * c, bend * rh * rh, bend * rk * rk, alive * gate)  # noqa: RUF005
+    for start in range(0, D, LANES * WIDE):
+        d = start + at
+        dv = tl.zeros([LANES, WIDE], dtype=tl.float32)
+        for j in tl.static_range(N):
+            row = t * N + j
+            h, k, w, g = _sides(streams, key, q_weight, k_weight, grad, row, j, d, D)
+            dv += factors[4 * j + 3] * g
+            dh = g + factors[4 * j] * w * k - factors[4 * j + 1] * h
+            tl.store(dstreams + row * D + d, dh.to(dstreams.dtype.element_ty), mask=d < D)
+            dk = factors[4 * j] * w * h - factors[4 * j + 2] * k
+            tl.store(dkey + row * D + d, dk.to(dkey.dtype.element_ty), mask=d < D)
+        tl.store(dvalue + t * D + d, dv.to(dvalue.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -124,12 +154,12 @@ class EngramAdd(torch.autograd.Function):
         n, N, D = streams.shape
         gate, out = streams.new_empty(n, N, dtype=torch.float32), torch.empty_like(streams)
         bd = triton.next_power_of_2(D)
-        ctx.sizes = {"N": N, "LIVE": live is not None, "BD": bd,
-                     "num_warps": max(1, min(bd // 512, 16))}  # fmt: skip
+        ctx.flags = {"N": N, "LIVE": live is not None}
         with torch.cuda.device_of(streams):
             engram_kernel[(n * N,)](
                 streams, key, value, q_weight, k_weight, streams if live is None else live,
-                gate, out, D, eps, **ctx.sizes,
+                gate, out, D, eps, **ctx.flags, BD=bd,
+                num_warps=max(1, min(bd // 512, 16)),
             )  # fmt: skip
         ctx.save_for_backward(streams, key, value, q_weight, k_weight, live)
         ctx.eps = eps
@@ -148,10 +178,11 @@ class EngramAdd(torch.autograd.Function):
         with torch.cuda.device_of(streams):
             engram_backward_kernel[(n,)](
                 streams, key, value, q_weight, k_weight, streams if live is None else live,
-                dgate.contiguous(), grad.contiguous(), *grads, slope, D, ctx.eps, **ctx.sizes,
+                dgate.contiguous(), grad.contiguous(), *grads, slope, D, ctx.eps, **ctx.flags,
+                LANES=128, WIDE=16 // streams.element_size(), num_warps=4,
             )  # fmt: skip
             if any(ctx.needs_input_grad[3:5]):
-                slices, bd = min(n, SLICES), min(1024, ctx.sizes["BD"])
+                slices, bd = min(n, SLICES), min(1024, triton.next_power_of_2(D))
                 parts = streams.new_empty(slices, N, D, dtype=torch.float32)
                 engram_weight_kernel[(slices, N * triton.cdiv(D, bd))](
                     streams, key, slope, parts, n, D, N=N, BD=bd

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-# About four a core of the largest GPUs; more would only add parts to sum.
-PROGRAMS = 512
+# Two a core of the largest GPUs, all that run at once; more would only add parts to sum.
+PROGRAMS = 264
 
 
 @triton.jit
@@ -37,12 +37,18 @@ def norm_backward_kernel(x, weight, grad, dx, dw, n, D, eps, BD: tl.constexpr):
     d = tl.arange(0, BD)
     w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
     acc = tl.zeros([BD], dtype=tl.float32)
-    for step in range(tl.cdiv(n, tl.num_programs(0))):
-        row = tl.program_id(0).to(tl.int64) + step * tl.num_programs(0)
+    row = tl.program_id(0).to(tl.int64)
+    # One row runs ahead: its loads are under way while the last one is summed.
+    next_a = tl.load(x + row * D + d, mask=d < D, other=0.0)
+    next_g = tl.load(grad + row * D + d, mask=d < D, other=0.0)
+    for _ in range(tl.cdiv(n, tl.num_programs(0))):
         at = row * D + d
         inside = d < tl.where(row < n, D, 0)
-        a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        a, g = next_a.to(tl.float32), next_g.to(tl.float32)
+        row += tl.num_programs(0)
+        ahead = d < tl.where(row < n, D, 0)
+        next_a = tl.load(x + row * D + d, mask=ahead, other=0.0)
+        next_g = tl.load(grad + row * D + d, mask=ahead, other=0.0)
         r = tl.rsqrt(tl.sum(a * a, axis=0) / D + eps)
         a = a * r
         acc += g * a

@@ -8,10 +8,11 @@ Reference (`ops.pool_windows`), slots [M, SLOTS, 2, width] of values a and gates
 
 Without overlap SLOTS = W and width = C. With overlap SLOTS = 2W and width = 2C: the first W slots
 are the window before, of which the first C channels count (none, where no window is before), the
-others the window itself, of which the last C channels count. The loop begins behind absent slots.
+others the window itself, of which the last C channels count.
 
-Grid: (entries, channel blocks). Softmax is online, so no slot count is too large; backward walks
-the slots twice. Masks: channels from C on load 0 and are not stored.
+Grid: (entries, channel blocks); tile [BS slots, BC channels]. Softmax is online over the tiles, of
+which the first holds a slot that counts; backward walks them twice. Masks: absent slots have the
+gate -inf; channels from C on load 0 and are not stored.
 """
 
 from typing import Any
@@ -23,49 +24,56 @@ from torch.autograd.function import once_differentiable
 
 
 @triton.jit
-def _slot(slots, bias, m, w, c, C: tl.constexpr, SLOTS: tl.constexpr, OVERLAP: tl.constexpr,
-          BIASED: tl.constexpr):  # fmt: skip
-    """Where the value of slot w stands, the value, and the gate with its bias."""
+def _slots(slots, bias, m, first, start, c, C: tl.constexpr, SLOTS: tl.constexpr,
+           OVERLAP: tl.constexpr, BIASED: tl.constexpr, BS: tl.constexpr):  # fmt: skip
+    """A tile of slots: where the values stand, which exist, values, gates (absent: -inf)."""
     W: tl.constexpr = SLOTS // 2 if OVERLAP else SLOTS
     WIDTH: tl.constexpr = 2 * C if OVERLAP else C
+    w = start + tl.arange(0, BS)[:, None]
+    channel = c[None, :]
     if OVERLAP:
-        channel = tl.where(w < W, c, C + c)
-    else:
-        channel = c
+        channel = tl.where(w < W, channel, C + channel)
+    exists = (w < SLOTS) & (c < C)[None, :]
+    counts = exists & (w >= first)
     at = (m * SLOTS + w) * 2 * WIDTH + channel
-    a = tl.load(slots + at, mask=c < C, other=0.0).to(tl.float32)
-    g = tl.load(slots + at + WIDTH, mask=c < C, other=0.0).to(tl.float32)
+    a = tl.load(slots + at, mask=counts, other=0.0)
+    g = tl.load(slots + at + WIDTH, mask=counts, other=0.0)
     if BIASED:
-        g += tl.load(bias + (w % W) * WIDTH + channel, mask=c < C, other=0.0)
-    return at, a, g
+        g += tl.load(bias + (w % W) * WIDTH + channel, mask=counts, other=0.0)
+    return at, exists, a, tl.where(counts, g, -float("inf"))
 
 
 @triton.jit
 def _pooled(slots, bias, m, first, c, C: tl.constexpr, SLOTS: tl.constexpr,
-            OVERLAP: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
-    """The entry, and the largest gate and the sum of its softmax."""
-    _, e, top = _slot(slots, bias, m, first, c, C, SLOTS, OVERLAP, BIASED)
-    total = tl.zeros_like(e) + 1
-    for w in range(first + 1, SLOTS):
-        _, a, g = _slot(slots, bias, m, w, c, C, SLOTS, OVERLAP, BIASED)
-        higher = tl.maximum(top, g)
-        shrink, p = tl.exp(top - higher), tl.exp(g - higher)
-        e, total, top = e * shrink + p * a, total * shrink + p, higher
-    return e / total, top, total
+            OVERLAP: tl.constexpr, BIASED: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The entry, and the largest gate and the sum of its softmax; begins at a slot that counts."""
+    e = tl.zeros([BC], dtype=tl.float32)
+    total = tl.zeros([BC], dtype=tl.float32)
+    top = tl.full([BC], -float("inf"), dtype=tl.float32)
+    for start in range(first // BS * BS, SLOTS, BS):
+        _, _, a, g = _slots(slots, bias, m, first, start, c, C, SLOTS, OVERLAP, BIASED, BS)
+        # Channels of the padding have no gate at all; any number will do.
+        higher = tl.where(c < C, tl.maximum(top, tl.max(g, axis=0)), 0.0)
+        shrink, p = tl.exp(top - higher), tl.exp(g - higher[None, :])
+        e = e * shrink + tl.sum(p * a, axis=0)
+        total = total * shrink + tl.sum(p, axis=0)
+        top = higher
+    return e / tl.where(c < C, total, 1.0), top, total
 
 
 @triton.jit
 def pool_kernel(
     slots, bias, overlap, out,
     C: tl.constexpr, SLOTS: tl.constexpr, OVERLAP: tl.constexpr, BIASED: tl.constexpr,
-    BC: tl.constexpr,
+    BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     first = 0
     if OVERLAP:
         first = tl.where(tl.load(overlap + m) != 0, 0, SLOTS // 2)
-    e, _, _ = _pooled(slots, bias, m, first, c, C, SLOTS, OVERLAP, BIASED)
+    e, _, _ = _pooled(slots, bias, m, first, c, C, SLOTS, OVERLAP, BIASED, BS, BC)
     tl.store(out + m * C + c, e, mask=c < C)
 
 
@@ -73,7 +81,7 @@ def pool_kernel(
 def pool_backward_kernel(
     slots, bias, overlap, grad, dslots,
     C: tl.constexpr, SLOTS: tl.constexpr, OVERLAP: tl.constexpr, BIASED: tl.constexpr,
-    BC: tl.constexpr,
+    BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -81,13 +89,20 @@ def pool_backward_kernel(
     first = 0
     if OVERLAP:
         first = tl.where(tl.load(overlap + m) != 0, 0, SLOTS // 2)
-    e, top, total = _pooled(slots, bias, m, first, c, C, SLOTS, OVERLAP, BIASED)
-    de = tl.load(grad + m * C + c, mask=c < C, other=0.0).to(tl.float32)
-    for w in range(first, SLOTS):
-        at, a, g = _slot(slots, bias, m, w, c, C, SLOTS, OVERLAP, BIASED)
-        p = tl.exp(g - top) / total * de
-        tl.store(dslots + at, p, mask=c < C)
-        tl.store(dslots + at + WIDTH, p * (a - e), mask=c < C)
+    e, top, total = _pooled(slots, bias, m, first, c, C, SLOTS, OVERLAP, BIASED, BS, BC)
+    de = tl.load(grad + m * C + c, mask=c < C, other=0.0) / tl.where(c < C, total, 1.0)
+    for start in range(0, SLOTS, BS):
+        at, exists, a, g = _slots(
+            slots, bias, m, first, start, c, C, SLOTS, OVERLAP, BIASED, BS)  # fmt: skip
+        p = tl.exp(g - top[None, :]) * de[None, :]
+        tl.store(dslots + at, p, mask=exists)
+        tl.store(dslots + at + WIDTH, p * (a - e[None, :]), mask=exists)
+        if OVERLAP:
+            # The half of each slot's channels that nobody reads.
+            w = start + tl.arange(0, BS)[:, None]
+            unread = at + tl.where(w < SLOTS // 2, C, -C)
+            tl.store(dslots + unread, p * 0, mask=exists)
+            tl.store(dslots + unread + WIDTH, p * 0, mask=exists)
 
 
 class Pool(torch.autograd.Function):
@@ -104,7 +119,8 @@ class Pool(torch.autograd.Function):
             "SLOTS": count,
             "OVERLAP": overlap is not None,
             "BIASED": bias is not None,
-            "BC": min(512, triton.next_power_of_2(c)),
+            "BS": min(16, triton.next_power_of_2(count)),
+            "BC": min(64, triton.next_power_of_2(c)),
         }
         ctx.grid = (m, triton.cdiv(c, ctx.sizes["BC"]))
         out = slots.new_empty(m, c)
@@ -120,8 +136,7 @@ class Pool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         slots, bias, overlap = ctx.saved_tensors
-        # With overlap half of the channels, and absent windows, are read by nobody.
-        dslots = torch.empty_like(slots) if overlap is None else torch.zeros_like(slots)
+        dslots = torch.empty_like(slots)
         with torch.cuda.device_of(slots):
             pool_backward_kernel[ctx.grid](
                 slots, slots if bias is None else bias, slots if overlap is None else overlap,

@@ -48,7 +48,7 @@ def _expanding(batch: tuple[int, ...], n: int, d: int, dtype: torch.dtype, devic
 
 
 def _both(single: bool, iters: int = 5, **more: object) -> tuple[Callable, Callable]:
-    constants = {"iters": iters, "eps": EPS, "rms_eps": 1e-5}
+    constants = {"iters": iters, "eps": EPS, "rms_eps": 0.1}
 
     def fused(s: torch.Tensor, h: torch.Tensor, *p: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = hyper.open_site(s, h if single else None, *p, **constants, **more)

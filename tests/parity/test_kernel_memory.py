@@ -73,8 +73,15 @@ ENGRAM = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("n", "streams", "d"), [(3, 4, 24), (2, 3, 17), (0, 4, 8)], ids=str)
 def test_memory_is_gated_and_added_as_by_the_reference(
-    agree: Agree, n: int, streams: int, d: int, dtype: torch.dtype, device: str
+    agree: Agree,
+    n: int,
+    streams: int,
+    d: int,
+    dtype: torch.dtype,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("modeling_dsv4.kernels.engram.SLICES", 4)
     op, inputs = _engram(n, streams, d, dtype, device)
     agree(partial(op, "triton"), partial(op, "torch"), inputs, ENGRAM[device][dtype])
 
@@ -83,6 +90,14 @@ def test_memory_is_gated_and_added_as_by_the_reference(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_is_gated_at_real_size(agree: Agree, dtype: torch.dtype) -> None:
     op, inputs = _engram(517, 4, 5120, dtype, "cuda")
+    # Keys that look at their streams, half of them away: every dot is 5 to 9, or -9 to -5. Near 0
+    # the root's slope multiplies the last bits of a sum by 500, in the reference too.
+    streams, key, _, *weights = inputs
+    away = torch.tensor([1, -1, 1, -1], device="cuda")[:, None]
+    with torch.no_grad():
+        key += 0.1 * away * streams
+        for weight in weights:
+            weight.mul_(0.1).add_(1)
     agree(partial(op, "triton"), partial(op, "torch"), inputs, ENGRAM["cuda"][dtype])
 
 

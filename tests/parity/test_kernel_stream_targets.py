@@ -29,13 +29,13 @@ SCALARS = {"n": "i32", "D": "i32", "rows": "i32", "per": "i32", "eps": "fp32", "
 tiles = hyper.Tiles()
 size = {"ROWS": 24, "RP": 32, "SPLIT": 4, "BF16": True}
 
-def shared(kernel, target, warps=4, stages=3, **constants):
+def shared(kernel, target, warps=4, stages=3, half=(), **constants):
     signature, values, aligned = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], values[(i,)] = "constexpr", constants[name]
             continue
-        signature[name] = SCALARS.get(name, "*bf16" if name in HALF else "*fp32")
+        signature[name] = SCALARS.get(name, "*bf16" if name in HALF | {*half} else "*fp32")
         if signature[name] != "fp32":
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
@@ -48,15 +48,17 @@ found = {}
 for target in map(int, sys.argv[1:]):
     bt, bd, *launch = tiles.project_handed
     found[f"project_handed {target}"] = shared(
-        hyper.project_kernel, target, *launch, N=4, HANDED=True, BT=bt, BD=bd, **size)
+        hyper.project_kernel, target, *launch, half=["fn"], N=4, HANDED=True, BT=bt, BD=bd, **size)
 bt, bd, *launch = tiles.spread
 for target in (80, 90, 120):
     found[f"spread {target}"] = shared(
-        hyper.spread_kernel, target, *launch, N=4, FN=True, BT=bt, BD=bd, **size)
+        hyper.spread_kernel, target, *launch, half=["q"],
+        N=4, FN=True, DW=True, BT=bt, BD=bd, **size)
 bt, bd, *launch = tiles.project
 found["project 90"] = shared(
-    hyper.project_kernel, 90, *launch, N=1, HANDED=False, BT=bt, BD=bd, **size)
-found["slopes 80"] = shared(hyper.slopes_kernel, 80, N=4, NP=4, ITERS=4, OWN=True, BT=32)
+    hyper.project_kernel, 90, *launch, half=["fn"], N=1, HANDED=False, BT=bt, BD=bd, **size)
+found["slopes 80"] = shared(
+    hyper.slopes_kernel, 80, half=["q"], N=4, NP=4, RP=32, ITERS=4, OWN=True, BF16=True, BT=32)
 found["expand 120"] = shared(expand.expand_backward_kernel, 120, N=4, LANES=128, WIDE=8)
 found["rotate 100"] = shared(rotary.rotate_backward_kernel, 100, C=512, R=64, BH=8, BC=512)
 print(json.dumps(found))

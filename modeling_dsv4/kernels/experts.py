@@ -353,8 +353,6 @@ def run(
     Returns:
         [n, D] float32.
     """
-    if not index.numel():
-        return torch.zeros_like(x, dtype=torch.float32)
     x, index, routing = _in_autocast(x), index.contiguous(), routing.float().contiguous()
     learns = torch.is_grad_enabled() and (x.requires_grad or routing.requires_grad)
     first, second = _open(gate_up), _open(down)

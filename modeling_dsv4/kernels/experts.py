@@ -26,9 +26,9 @@ from .unpack import FP4, FP8, PLAIN
 DECODE_ROWS = 16
 # Rows and 16-code groups of a matrix-vector tile.
 GEMV_TILES: dict[str, dict[str, int]] = {
-    "gate_up": {"BLOCK_N": 16, "BLOCK_G": 64},
-    "down": {"BLOCK_N": 8, "BLOCK_G": 64},
-    "linear": {"BLOCK_N": 8, "BLOCK_G": 64},
+    "gate_up": {"BLOCK_N": 8, "BLOCK_G": 32, "num_warps": 1},
+    "down": {"BLOCK_N": 8, "BLOCK_G": 32, "num_warps": 1},
+    "linear": {"BLOCK_N": 8, "BLOCK_G": 32, "num_warps": 1},
 }
 # Weight rows and codes of a matrix tile. Four warps by 64: more of either and wgmma's operand, or
 # the sums, would change hands through shared memory.
@@ -55,6 +55,11 @@ class Weight(NamedTuple):
     def split(self) -> bool:
         """Whether what meets its columns has to be split into even and odd ones."""
         return self.fixed["FORMAT"] == FP4.value
+
+    @property
+    def pieces(self) -> int:
+        """Codes in a word of four bytes; one where numbers are not read as words."""
+        return {FP4.value: 8, FP8.value: 4}.get(self.fixed["FORMAT"], 1)
 
     @property
     def strides(self) -> tuple[int, int]:
@@ -91,9 +96,9 @@ def _covered(x: torch.Tensor, weight: StackedWeight) -> bool:
     if fmt is None:
         return codes.dtype is x.dtype and not (codes.requires_grad and torch.is_grad_enabled())
     # Codes are also read as words of four bytes.
-    if fmt.name == "fp4":
-        return codes.shape[-1] % 4 == codes.stride(0) % 4 == codes.data_ptr() % 4 == 0
-    return fmt.name.startswith("fp8") and fmt.group % 16 == 0
+    words = codes.shape[-1] % 4 == codes.stride(0) % 4 == codes.data_ptr() % 4 == 0
+    known = fmt.name == "fp4" or (fmt.name.startswith("fp8") and fmt.group % 16 == 0)
+    return words and known
 
 
 def _open(weight: StackedWeight) -> Weight:
@@ -146,19 +151,25 @@ def _decode(
     """[n, D] -> [n, D] float32, pair by pair."""
     (n, k), f, d = index.shape, gate_up.rows // 2, down.rows
     u = x.new_empty(n * k, f)
-    y = x.new_empty(n, d, dtype=torch.float32)
+    y = x.new_empty(n * k, d, dtype=torch.float32)
     bound, clamp = _limit(limit)
-    expert_gemv.gate_up_gemv[(n * k, triton.cdiv(f, GEMV_TILES["gate_up"]["BLOCK_N"]))](
-        x, index, routing, gate_up.codes, gate_up.scale, u,
-        f, gate_up.width, gate_up.scale_columns, *gate_up.strides, x.stride(0), bound,
-        TOP_K=k, CLAMP=clamp, **gate_up.fixed, **GEMV_TILES["gate_up"],
+    tile = GEMV_TILES["gate_up"]
+    expert_gemv.gate_up_gemv[(n * k, triton.cdiv(f, tile["BLOCK_N"] // 2))](
+        _in_pieces(x, gate_up), index, routing, gate_up.codes, gate_up.scale, u,
+        f, gate_up.width, gate_up.scale_columns, *gate_up.strides, gate_up.columns, bound,
+        TOP_K=k, CLAMP=clamp, PIECES=down.pieces, **gate_up.fixed, **tile,
     )  # fmt: skip
-    expert_gemv.down_gemv[(n, triton.cdiv(d, GEMV_TILES["down"]["BLOCK_N"]))](
+    tile = GEMV_TILES["down"]
+    expert_gemv.down_gemv[(n * k, triton.cdiv(d, tile["BLOCK_N"]))](
         u, index, down.codes, down.scale, y,
-        d, f, down.width, down.scale_columns, *down.strides,
-        TOP_K=k, **down.fixed, **GEMV_TILES["down"],
+        d, f, down.width, down.scale_columns, *down.strides, **down.fixed, **tile,
     )  # fmt: skip
-    return y
+    return y.view(n, k, d).sum(1)
+
+
+def _in_pieces(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """Numbers of [..., columns] at place 0 of each word of codes, then those at place 1, ..."""
+    return x.unflatten(-1, (-1, weight.pieces)).mT.flatten(-2).contiguous()
 
 
 def linear(x: torch.Tensor, parts: dict[str, torch.Tensor], fmt: WeightFormat) -> torch.Tensor:
@@ -168,7 +179,7 @@ def linear(x: torch.Tensor, parts: dict[str, torch.Tensor], fmt: WeightFormat) -
         [n, out], or [n, G, out / G], in x's dtype; no gradient.
     """
     weight = _open(StackedWeight({k: p[None] for k, p in parts.items()}, fmt))
-    x = _in_autocast(x).contiguous()
+    x = _in_pieces(_in_autocast(x), weight)
     groups = x.shape[1] if x.dim() == 3 else 1
     y = x.new_empty(x.shape[0], weight.rows)
     tile = GEMV_TILES["linear"]
@@ -357,5 +368,5 @@ def run(
     learns = torch.is_grad_enabled() and (x.requires_grad or routing.requires_grad)
     first, second = _open(gate_up), _open(down)
     if len(x) <= DECODE_ROWS and not learns:
-        return _decode(x.contiguous(), routing, index, first, second, limit)
+        return _decode(x, routing, index, first, second, limit)
     return _Experts.apply(x, routing, index, first, second, limit)

@@ -35,6 +35,7 @@ GEMV_TILES: dict[str, dict[str, int]] = {
 GEMM_TILES: dict[str, dict[str, int]] = {
     "forward": {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     "backward": {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    "linear": {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
 }
 # Most sorted rows of a matrix tile; fewer where experts have fewer.
 MOST_ROWS = 128
@@ -179,7 +180,10 @@ def linear(x: torch.Tensor, parts: dict[str, torch.Tensor], fmt: WeightFormat) -
         [n, out], or [n, G, out / G], in x's dtype; no gradient.
     """
     weight = _open(StackedWeight({k: p[None] for k, p in parts.items()}, fmt))
-    x = _in_pieces(_in_autocast(x), weight)
+    x = _in_autocast(x)
+    if x.dim() == 2 and len(x) > 2:
+        return _linear_gemm(x, weight)
+    x = _in_pieces(x, weight)
     groups = x.shape[1] if x.dim() == 3 else 1
     y = x.new_empty(x.shape[0], weight.rows)
     tile = GEMV_TILES["linear"]
@@ -189,6 +193,21 @@ def linear(x: torch.Tensor, parts: dict[str, torch.Tensor], fmt: WeightFormat) -
         **weight.fixed, **tile,
     )  # fmt: skip
     return y.view(*x.shape[:-1], -1)
+
+
+def _linear_gemm(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """The same for rows enough to open each weight once for all of them: one tile of rows."""
+    tiles = torch.zeros(1, 3, dtype=torch.int32, device=x.device)
+    tiles[:, 2].fill_(len(x))
+    y = x.new_empty(len(x), weight.rows)
+    tile = GEMM_TILES["linear"]
+    expert_gemm.linear_gemm[(triton.cdiv(weight.rows, tile["BLOCK_N"]),)](
+        _split(x, weight), tiles, tiles, weight.codes, weight.scale, y,
+        1, weight.rows, weight.width, weight.scale_columns, *weight.strides, weight.rows,
+        weight.columns,
+        SCATTER=False, BLOCK_M=DECODE_ROWS, **weight.fixed, **tile, **_number_type(x),
+    )  # fmt: skip
+    return y
 
 
 def covers_linear(

@@ -348,17 +348,22 @@ def test_adapters_beside_packed_experts_equal_those_beside_the_reference(device:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("block", "grouped", "dtype"),
-    [(32, False, torch.bfloat16), (32, True, torch.float32), (128, True, torch.bfloat16)],
+    ("block", "grouped", "dtype", "rows"),
+    [
+        (32, False, torch.bfloat16, 2),
+        (32, True, torch.float32, 2),
+        (128, True, torch.bfloat16, 4),
+        (32, False, torch.float32, 6),
+    ],
 )
 def test_a_linear_map_in_fp8_equals_the_reference(
-    block: int, grouped: bool, dtype: torch.dtype, device: str, by_kernels: list[str]
+    block: int, grouped: bool, dtype: torch.dtype, rows: int, device: str, by_kernels: list[str]
 ) -> None:
     width, out = (block + 8, 16) if device == "cpu" else (4096, 2048)
     module = Fp8GroupedLinear(width, out, 2, block) if grouped else Fp8Linear(width, out, block)
     _random_bytes(module)
     module = module.to(device)
-    x = torch.randn(1, 2, *((2,) if grouped else ()), width).to(device, dtype)
+    x = torch.randn(2, rows // 2, *((2,) if grouped else ()), width).to(device, dtype)
     module.kernels = "triton"
     found = module(x)
     module.kernels = "torch"

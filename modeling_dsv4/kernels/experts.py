@@ -33,8 +33,8 @@ GEMV_TILES: dict[str, dict[str, int]] = {
 # Weight rows and codes of a matrix tile. Four warps by 64: more of either and wgmma's operand, or
 # the sums, would change hands through shared memory.
 GEMM_TILES: dict[str, dict[str, int]] = {
-    "forward": {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
-    "backward": {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    "forward": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+    "backward": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
     "linear": {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
 }
 # Most sorted rows of a matrix tile; fewer where experts have fewer.
@@ -75,9 +75,11 @@ class Plan(NamedTuple):
     tiles: torch.Tensor
     rows: int
 
-    def blocks(self, way: str) -> dict[str, int]:
-        """Sizes of a kernel's tile, "forward" or "backward"."""
-        return {"BLOCK_M": self.rows, **GEMM_TILES[way]}
+    def blocks(self, way: str, weight: Weight, run: int = 0) -> dict[str, int]:
+        """Sizes of a kernel's tile, "forward" or "backward" over runs of so many rows."""
+        tile = GEMM_TILES[way]
+        even = weight.width % tile["BLOCK_K"] == 0 and run % tile["BLOCK_N"] == 0
+        return {"BLOCK_M": self.rows, "EVEN": even, **tile}
 
     def grid(self, size: int, way: str, axis: str) -> tuple[int]:
         """Programs for `size` outputs."""
@@ -205,7 +207,8 @@ def _linear_gemm(x: torch.Tensor, weight: Weight) -> torch.Tensor:
         _split(x, weight), tiles, tiles, weight.codes, weight.scale, y,
         1, weight.rows, weight.width, weight.scale_columns, *weight.strides, weight.rows,
         weight.columns,
-        SCATTER=False, BLOCK_M=DECODE_ROWS, **weight.fixed, **tile, **_number_type(x),
+        SCATTER=False, BLOCK_M=DECODE_ROWS, EVEN=weight.width % tile["BLOCK_K"] == 0,
+        **weight.fixed, **tile, **_number_type(x),
     )  # fmt: skip
     return y
 
@@ -274,13 +277,13 @@ class _Experts(torch.autograd.Function):
             _split(x, gate_up), routing, plan.order, plan.tiles, gate_up.codes, gate_up.scale,
             u, h, experts, f, gate_up.width, gate_up.scale_columns, *gate_up.strides, d, bound,
             TOP_K=k, CLAMP=clamp, SAVE=keep, SPLIT_ROWS=down.split,
-            **gate_up.fixed, **plan.blocks("forward"), **number,
+            **gate_up.fixed, **plan.blocks("forward", gate_up), **number,
         )  # fmt: skip
         y = x.new_empty(n * k, d)
         expert_gemm.linear_gemm[plan.grid(d, "forward", "BLOCK_N")](
             u, plan.order, plan.tiles, down.codes, down.scale, y,
             experts, d, down.width, down.scale_columns, *down.strides, d, f,
-            SCATTER=True, **down.fixed, **plan.blocks("forward"), **number,
+            SCATTER=True, **down.fixed, **plan.blocks("forward", down), **number,
         )  # fmt: skip
         ctx.save_for_backward(h, routing)
         ctx.plan, ctx.gate_up, ctx.down, ctx.limit, ctx.dtype = plan, gate_up, down, limit, x.dtype
@@ -291,12 +294,13 @@ class _Experts(torch.autograd.Function):
         (h, routing), plan = ctx.saved_tensors, ctx.plan
         gate_up, down, (bound, clamp) = ctx.gate_up, ctx.down, _limit(ctx.limit)
         (n, k), f, d, experts = routing.shape, gate_up.rows // 2, down.rows, len(down.codes)
-        blocks, number = plan.blocks("backward"), _number_type(h)
+        number, run = _number_type(h), f // 2 if down.split else f
         du = h.new_empty(n * k, f)
         expert_gemm.input_grad_gemm[plan.grid(down.width, "backward", "BLOCK_K")](
             grad.to(ctx.dtype).contiguous(), plan.order, plan.tiles, down.codes, down.scale, du,
             experts, d, down.width, down.scale_columns, *down.strides, d, d, f,
-            TOP_K=k, HALVES=1, SPLIT_ROWS=False, SCATTER=False, **down.fixed, **blocks, **number,
+            TOP_K=k, HALVES=1, SPLIT_ROWS=False, SCATTER=False,
+            **down.fixed, **plan.blocks("backward", down, d), **number,
         )  # fmt: skip
         dh = torch.empty_like(h)
         dweight = torch.empty_like(routing)
@@ -310,7 +314,7 @@ class _Experts(torch.autograd.Function):
             dh, plan.order, plan.tiles, gate_up.codes, gate_up.scale, dx,
             experts, f, gate_up.width, gate_up.scale_columns, *gate_up.strides, f, 2 * f, d,
             TOP_K=0, HALVES=2, SPLIT_ROWS=down.split, SCATTER=True,
-            **gate_up.fixed, **blocks, **number,
+            **gate_up.fixed, **plan.blocks("backward", gate_up, run), **number,
         )  # fmt: skip
         dx = _unsplit(dx.view(n, k, d).sum(1, dtype=torch.float32), gate_up).to(ctx.dtype)
         return dx, dweight, None, None, None, None
@@ -326,7 +330,7 @@ class _Grouped(torch.autograd.Function):
             _split(x, weight), plan.order, plan.tiles, weight.codes, weight.scale, y,
             len(weight.codes), weight.rows, weight.width, weight.scale_columns, *weight.strides,
             half, weight.columns,
-            SCATTER=False, **weight.fixed, **plan.blocks("forward"), **_number_type(x),
+            SCATTER=False, **weight.fixed, **plan.blocks("forward", weight), **_number_type(x),
         )  # fmt: skip
         ctx.plan, ctx.weight, ctx.half = plan, weight, half
         return y
@@ -340,7 +344,7 @@ class _Grouped(torch.autograd.Function):
             len(weight.codes), weight.rows, weight.width, weight.scale_columns, *weight.strides,
             ctx.half, weight.rows, weight.columns,
             TOP_K=0, HALVES=1, SPLIT_ROWS=False, SCATTER=False,
-            **weight.fixed, **plan.blocks("backward"), **_number_type(grad),
+            **weight.fixed, **plan.blocks("backward", weight, weight.rows), **_number_type(grad),
         )  # fmt: skip
         return _unsplit(dx, weight), None, None, None
 

@@ -231,10 +231,12 @@ def input_grad_gemm(
     odd = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     # Each run of dy meets every row of one half, or the even or the odd ones where it is split.
     STEP: tl.constexpr = 2 if SPLIT_ROWS else 1
-    for run in tl.static_range(HALVES * STEP):
+    for run in range(HALVES * STEP):
         for start in range(0, R // STEP, BLOCK_N):
-            # Past the last row dy is zero, so that any row of W will do.
-            j = tl.minimum(start + tl.arange(0, BLOCK_N), R // STEP - 1)
+            j = start + tl.arange(0, BLOCK_N)
+            if not EVEN:
+                # Past the last row dy is zero, so that any row of W will do.
+                j = tl.minimum(j, R // STEP - 1)
             rows = run // STEP * R + run % STEP + j * STEP
             dy_tile = _columns(dy_at + run * (R // STEP), start, R // STEP, BLOCK_N, EVEN, DTYPE)
             w_even, w_odd = _open(

@@ -3,7 +3,7 @@
 
     python benchmarks/kernel_experts.py            # under a minute
     python benchmarks/kernel_experts.py --quick    # decoding and one prefill
-    python benchmarks/kernel_experts.py --tune     # and which tiles are fastest here
+    python benchmarks/kernel_experts.py --tune     # with the fastest tiles here: some minutes
 
 One layer (D 4096, F 2048, 256 experts, 6 a token) in FP4 and in bfloat16, 17 GiB in all. The floor
 of decoding is the bytes of the experts that were hit at the speed of a copy; that of a prefill is
@@ -12,7 +12,6 @@ kernels: FP4 and FP8 dequantized tile by tile and multiplied, bfloat16 by `group
 tokens, a loop. Both are measured in the same run.
 """
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -94,7 +93,7 @@ def measure(
     return Row(name, shape, moved, flops, limits.floor_us(moved, flops), kernel, reference)
 
 
-def measure_linear(block: int, n: int, limits: Limits) -> Row:
+def fp8_linear(block: int) -> Fp8Linear:
     """A dense map of 4096 to 8192 in FP8 blocks."""
     with torch.device("meta"):
         module = Fp8Linear(D, 2 * D, block)
@@ -102,59 +101,95 @@ def measure_linear(block: int, n: int, limits: Limits) -> Row:
     module.weight = torch.nn.Parameter(raw.view(torch.float8_e4m3fn), requires_grad=False)
     scale = torch.full(module.weight_scale_inv.shape, 119, dtype=torch.uint8, device="cuda")
     module.weight_scale_inv = torch.nn.Parameter(scale.view(torch.float8_e8m0fnu), False)
+    return module
+
+
+def measure_linear(block: int, n: int, limits: Limits) -> Row:
+    """That map of n rows."""
+    module = fp8_linear(block)
     x = torch.randn(n, D, dtype=torch.bfloat16, device="cuda")
     moved, flops = sum(p.nbytes for p in module.parameters()), 2.0 * n * 2 * D * D
-    kernel, reference = both(module, lambda: module(x), 10)
+    with torch.no_grad():
+        kernel, reference = both(module, lambda: module(x), 10)
     name, shape = f"linear fp8 {block}x{block}", f"{n} x {D} -> {2 * D}"
     return Row(name, shape, moved, flops, limits.floor_us(moved, flops), kernel, reference)
 
 
+def choices() -> list[tuple[dict[str, dict[str, int]], str, list[dict[str, int]]]]:
+    """Tables of tiles, the name of an entry, and what may stand there."""
+    from modeling_dsv4.kernels import experts
+
+    def tiles(names: str, *values: tuple[int, ...]) -> list[dict[str, int]]:
+        return [dict(zip(names.split(), v, strict=True)) for v in values]
+
+    gemv = tiles(
+        "BLOCK_N BLOCK_G num_warps",
+        (4, 32, 1), (8, 32, 1), (16, 32, 1), (8, 64, 1), (16, 64, 2), (32, 32, 4),
+    )  # fmt: skip
+    names = "BLOCK_N BLOCK_K num_warps num_stages"
+    forward = tiles(
+        names, (64, 64, 4, 2), (64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2)
+    )
+    backward = tiles(names, (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 3))
+    linear = tiles(names, (32, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 4), (32, 256, 4, 3))
+    return [
+        (experts.GEMV_TILES, "gate_up", gemv),
+        (experts.GEMV_TILES, "down", gemv),
+        (experts.GEMV_TILES, "linear", gemv),
+        (experts.GEMM_TILES, "linear", linear),
+        (experts.GEMM_TILES, "forward", forward),
+        (experts.GEMM_TILES, "backward", backward),
+    ]
+
+
 def tune(module: PackedExperts) -> None:
-    """Try tiles one family at a time, and print the three fastest of each."""
+    """Try tiles, one table's entry after the other; print all times and keep the fastest."""
     from triton.runtime.errors import OutOfResources
 
     from modeling_dsv4.kernels import experts
 
-    decode = {"BLOCK_N": (4, 8, 16, 32), "BLOCK_G": (32, 64), "num_warps": (4, 8)}
-    prefill = {"BLOCK_N": (64, 128), "BLOCK_K": (32, 64), "num_warps": (4, 8), "num_stages": (2, 4)}
-    back = {"BLOCK_N": (32, 64), "BLOCK_K": (64,), "num_warps": (4,), "num_stages": (2, 3)}
-    families = (
-        (experts.GEMV_TILES, "gate_up", decode, 1, False),
-        (experts.GEMV_TILES, "down", decode, 1, False),
-        (experts.GEMM_TILES, "forward", prefill, PREFILL, False),
-        (experts.GEMM_TILES, "backward", back, PREFILL, True),
-    )
     module.kernels = "triton"
-    for tiles, name, choices, n, backward in families:
-        x, index, routing = tokens(n, E)
-        x.requires_grad_(backward)
-        grad, usual, found = torch.randn(n, D, device="cuda"), tiles[name], []
+    few, many = tokens(1, E), tokens(PREFILL, E)
+    linear, grad = fp8_linear(128), torch.randn(PREFILL, D, device="cuda")
+    linear.kernels = "triton"
+    learning = [t.clone().requires_grad_() if t.is_floating_point() else t for t in many]
 
-        def run(x=x, index=index, routing=routing, grad=grad, backward=backward) -> None:
-            y = module(x, index, routing)
-            if backward:
-                y.backward(grad)
+    def back() -> object:
+        y = module(*learning)
+        return torch.autograd.grad(y, (learning[0], learning[2]), grad)
 
-        for values in itertools.product(*choices.values()):
-            tiles[name] = dict(zip(choices, values, strict=True))
+    def run(table: dict[str, dict[str, int]], name: str) -> object:
+        if name == "backward":
+            return back()
+        with torch.no_grad():
+            if name == "linear":
+                return linear(many[0][: 1 if table is experts.GEMV_TILES else 8])
+            return module(*(few if table is experts.GEMV_TILES else many))
+
+    for table, name, tiles in choices():
+        found = []
+        for tile in tiles:
+            table[name] = tile
             try:
-                found.append((time_us(run, runs=7, warm=1), tiles[name]))
+                found.append((time_us(lambda t=table, n=name: run(t, n), runs=7, warm=1), tile))
             except OutOfResources:
                 continue
-        tiles[name] = usual
-        for us, tile in sorted(found, key=lambda f: f[0])[:3]:
-            print(f"{name}: {us:.1f} us with {tile}")
+            print(f"{name}: {found[-1][0]:.1f} us with {tile}", flush=True)
+        table[name] = min(found, key=lambda f: f[0])[1]
+    module.kernels = "auto"
 
 
 def main(
     output: Annotated[Path | None, typer.Option(help="Write all numbers as JSON.")] = None,
     quick: Annotated[bool, typer.Option(help="Decoding and one prefill only.")] = False,
-    tiles: Annotated[bool, typer.Option("--tune", help="Also try other tiles.")] = False,
+    tiles: Annotated[bool, typer.Option("--tune", help="Try other tiles first.")] = False,
 ) -> None:
     """Measure the experts' kernels on this GPU."""
     gpu_limits.require_gpu()
     torch.manual_seed(0)
     limits, packed, rows = Limits.measure(), packed_experts(), []
+    if tiles:
+        tune(packed)
     with torch.no_grad():
         rows += [measure("decode fp4", packed, n, limits) for n in (1, 8)]
         rows.append(measure("prefill fp4", packed, PREFILL, limits))
@@ -174,8 +209,6 @@ def main(
             rows += [measure_linear(block, n, limits) for block in (128, 32) for n in (1, 8)]
     gpu_limits.table(rows, f"experts, {limits.device}")
     gpu_limits.write(output, limits, rows)
-    if tiles:
-        tune(packed)
 
 
 if __name__ == "__main__":

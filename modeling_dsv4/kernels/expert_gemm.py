@@ -11,7 +11,8 @@ opened weights are the operand that may stay in registers. bfloat16 or float32 i
 
 FP4 opens as even and odd columns, so what meets its columns is stored *split*: the even columns,
 then the odd ones. Where W2 is FP4, rows of W1 and W3 are walked in that order as well, so that u, h
-and their gradients are split without anybody moving them. Ends of rows and columns are masked.
+and their gradients are split without anybody moving them. Past their end, columns are masked to
+zero (with EVEN no block is partial), and rows are the last one again, which is not stored twice.
 """
 
 import triton
@@ -38,10 +39,20 @@ def _weight_row(j, ROWS, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def _load(at, inside, EVEN: tl.constexpr):
+    """Numbers at pointers; zero where not inside, unless no block is partial anyway."""
+    if EVEN:
+        value = tl.load(at)
+    else:
+        value = tl.load(at, mask=inside, other=0)
+    return value
+
+
+@triton.jit
 def _open(
-    w, s, rows, keep, half_rows, start, WIDTH, scale_columns,
+    w, s, rows, half_rows, start, WIDTH, scale_columns,
     FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS_FIRST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS_FIRST: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Even and odd columns of BLOCK_K codes of some rows: [N, K], or [K, N] without ROWS_FIRST.
@@ -51,30 +62,22 @@ def _open(
     column = start + tl.arange(0, BLOCK_K)
     line = rows.to(tl.int64) * WIDTH
     if ROWS_FIRST:
-        at = line[:, None] + column[None, :]
-        inside = keep[:, None] & (column < WIDTH)[None, :]
+        code = _load(w + line[:, None] + column[None, :], (column < WIDTH)[None, :], EVEN)
     else:
-        at = line[None, :] + column[:, None]
-        inside = keep[None, :] & (column < WIDTH)[:, None]
-    code = tl.load(w + at, mask=inside, other=0)
+        code = _load(w + line[None, :] + column[:, None], (column < WIDTH)[:, None], EVEN)
     if FORMAT == PLAIN:
         even = code.to(DTYPE)
         odd = even
     else:
         first = start + tl.arange(0, BLOCK_K // GROUP) * GROUP
         s_line = scale_row(rows, half_rows, SCALE_ROWS) * scale_columns
+        group = first // SCALE_COLUMNS
         if ROWS_FIRST:
-            byte = tl.load(
-                s + s_line[:, None] + (first // SCALE_COLUMNS)[None, :],
-                mask=keep[:, None] & (first < WIDTH)[None, :], other=0,
-            )  # fmt: skip
+            byte = _load(s + s_line[:, None] + group[None, :], (first < WIDTH)[None, :], EVEN)
             wide = tl.broadcast_to(byte[:, :, None], (BLOCK_N, BLOCK_K // GROUP, GROUP))
             scale = tl.reshape(wide, (BLOCK_N, BLOCK_K))
         else:
-            byte = tl.load(
-                s + s_line[None, :] + (first // SCALE_COLUMNS)[:, None],
-                mask=keep[None, :] & (first < WIDTH)[:, None], other=0,
-            )  # fmt: skip
+            byte = _load(s + s_line[None, :] + group[:, None], (first < WIDTH)[:, None], EVEN)
             wide = tl.broadcast_to(byte[:, None, :], (BLOCK_K // GROUP, GROUP, BLOCK_N))
             scale = tl.reshape(wide, (BLOCK_K, BLOCK_N))
         if FORMAT == FP4:
@@ -86,22 +89,23 @@ def _open(
 
 
 @triton.jit
-def _columns(x, here, start, WIDTH, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+def _columns(x, start, WIDTH, BLOCK: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr):
     """Columns of rows [1, M] of pointers, transposed: [BLOCK, M]."""
     column = (start + tl.arange(0, BLOCK))[:, None]
-    return tl.load(x + column, mask=here[None, :] & (column < WIDTH), other=0).to(DTYPE)
+    return _load(x + column, column < WIDTH, EVEN).to(DTYPE)
 
 
 @triton.jit
 def _add_product(
-    acc, w, s, rows, keep, half_rows, start, WIDTH, scale_columns, x_even, x_odd,
+    acc, w, s, rows, half_rows, start, WIDTH, scale_columns, x_even, x_odd,
     FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """`acc + W x^T` over BLOCK_K codes: [N, M]."""
     even, odd = _open(
-        w, s, rows, keep, half_rows, start, WIDTH, scale_columns,
-        FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, True, DTYPE, ASM,
+        w, s, rows, half_rows, start, WIDTH, scale_columns,
+        FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, True, EVEN, DTYPE, ASM,
     )  # fmt: skip
     acc = tl.dot(even, x_even, acc, input_precision="ieee")
     if FORMAT == FP4:
@@ -115,7 +119,7 @@ def gate_up_gemm(
     EXPERTS, F, WIDTH, scale_columns, w_expert, s_expert, x_row, limit,
     TOP_K: tl.constexpr, CLAMP: tl.constexpr, SAVE: tl.constexpr, SPLIT_ROWS: tl.constexpr,
     FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Rows through gate, up and the activation: u [P, F] sorted, and h [P, 2F] to go back with."""
@@ -124,27 +128,27 @@ def gate_up_gemm(
         return
     row = first + tl.arange(0, BLOCK_M)
     here = row < end
-    pair = tl.load(order + row, mask=here, other=0)
+    pair = tl.load(order + tl.minimum(row, end - 1))
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     keep = j < F
-    rows = _weight_row(j, F, SPLIT_ROWS)
+    rows = _weight_row(tl.minimum(j, F - 1), F, SPLIT_ROWS)
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
     x_at = x + ((pair // TOP_K).to(tl.int64) * x_row)[None, :]
     gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, WIDTH, BLOCK_K):
-        x_even = _columns(x_at, here, start, WIDTH, BLOCK_K, DTYPE)
+        x_even = _columns(x_at, start, WIDTH, BLOCK_K, EVEN, DTYPE)
         x_odd = x_even
         if FORMAT == FP4:
-            x_odd = _columns(x_at + WIDTH, here, start, WIDTH, BLOCK_K, DTYPE)
+            x_odd = _columns(x_at + WIDTH, start, WIDTH, BLOCK_K, EVEN, DTYPE)
         gate = _add_product(
-            gate, w, s, rows, keep, F, start, WIDTH, scale_columns, x_even, x_odd,
-            FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, DTYPE, ASM,
+            gate, w, s, rows, F, start, WIDTH, scale_columns, x_even, x_odd,
+            FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, EVEN, DTYPE, ASM,
         )  # fmt: skip
         up = _add_product(
-            up, w, s, rows + F, keep, F, start, WIDTH, scale_columns, x_even, x_odd,
-            FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, DTYPE, ASM,
+            up, w, s, rows + F, F, start, WIDTH, scale_columns, x_even, x_odd,
+            FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, EVEN, DTYPE, ASM,
         )  # fmt: skip
     inside = keep[:, None] & here[None, :]
     wide = row.to(tl.int64)[None, :] * F + j[:, None]
@@ -155,7 +159,7 @@ def gate_up_gemm(
     if CLAMP:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
-    routing = tl.load(weight + pair, mask=here, other=0)
+    routing = tl.load(weight + pair)
     tl.store(u + wide, gate * tl.sigmoid(gate) * up * routing[None, :], mask=inside)
 
 
@@ -165,7 +169,7 @@ def linear_gemm(
     EXPERTS, OUT, WIDTH, scale_columns, w_expert, s_expert, half_rows, x_row,
     SCATTER: tl.constexpr,
     FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Sorted rows through their expert's matrix: y [P, OUT], with SCATTER in the order of pairs."""
@@ -174,26 +178,26 @@ def linear_gemm(
         return
     row = first + tl.arange(0, BLOCK_M)
     here = row < end
-    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    keep = rows < OUT
+    out = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    keep, rows = out < OUT, tl.minimum(out, OUT - 1)
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
-    x_at = x + (row.to(tl.int64) * x_row)[None, :]
+    x_at = x + (tl.minimum(row, end - 1).to(tl.int64) * x_row)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, WIDTH, BLOCK_K):
-        x_even = _columns(x_at, here, start, WIDTH, BLOCK_K, DTYPE)
+        x_even = _columns(x_at, start, WIDTH, BLOCK_K, EVEN, DTYPE)
         x_odd = x_even
         if FORMAT == FP4:
-            x_odd = _columns(x_at + WIDTH, here, start, WIDTH, BLOCK_K, DTYPE)
+            x_odd = _columns(x_at + WIDTH, start, WIDTH, BLOCK_K, EVEN, DTYPE)
         acc = _add_product(
-            acc, w, s, rows, keep, half_rows, start, WIDTH, scale_columns,
+            acc, w, s, rows, half_rows, start, WIDTH, scale_columns,
             x_even, x_odd,
-            FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, DTYPE, ASM,
+            FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, EVEN, DTYPE, ASM,
         )  # fmt: skip
     target = row.to(tl.int64)
     if SCATTER:
         target = tl.load(order + row, mask=here, other=0).to(tl.int64)
-    at = target[None, :] * OUT + rows[:, None]
+    at = target[None, :] * OUT + out[:, None]
     tl.store(y + at, acc, mask=keep[:, None] & here[None, :])
 
 
@@ -203,7 +207,7 @@ def input_grad_gemm(
     EXPERTS, R, WIDTH, scale_columns, w_expert, s_expert, half_rows, dy_row, dx_row,
     TOP_K: tl.constexpr, HALVES: tl.constexpr, SPLIT_ROWS: tl.constexpr, SCATTER: tl.constexpr,
     FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """`dx = dy W` of sorted rows, W having HALVES * R rows: dx [P, columns], split for FP4.
@@ -216,10 +220,10 @@ def input_grad_gemm(
         return
     row = first + tl.arange(0, BLOCK_M)
     here = row < end
-    pair = tl.load(order + row, mask=here, other=0).to(tl.int64)
+    pair = tl.load(order + tl.minimum(row, end - 1)).to(tl.int64)
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
-    source = row.to(tl.int64)
+    source = tl.minimum(row, end - 1).to(tl.int64)
     if TOP_K > 0:
         source = pair // TOP_K
     dy_at = dy + (source * dy_row)[None, :]
@@ -227,14 +231,17 @@ def input_grad_gemm(
     odd = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     # Each run of dy meets every row of one half, or the even or the odd ones where it is split.
     STEP: tl.constexpr = 2 if SPLIT_ROWS else 1
-    for run in tl.static_range(HALVES * STEP):
+    for run in range(HALVES * STEP):
         for start in range(0, R // STEP, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
+            if not EVEN:
+                # Past the last row dy is zero, so that any row of W will do.
+                j = tl.minimum(j, R // STEP - 1)
             rows = run // STEP * R + run % STEP + j * STEP
-            dy_tile = _columns(dy_at + run * (R // STEP), here, start, R // STEP, BLOCK_N, DTYPE)
+            dy_tile = _columns(dy_at + run * (R // STEP), start, R // STEP, BLOCK_N, EVEN, DTYPE)
             w_even, w_odd = _open(
-                w, s, rows, j < R // STEP, half_rows, block * BLOCK_K, WIDTH, scale_columns,
-                FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, False, DTYPE, ASM,
+                w, s, rows, half_rows, block * BLOCK_K, WIDTH, scale_columns,
+                FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, False, EVEN, DTYPE, ASM,
             )  # fmt: skip
             even = tl.dot(w_even, dy_tile, even, input_precision="ieee")
             if FORMAT == FP4:

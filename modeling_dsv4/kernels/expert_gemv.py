@@ -2,75 +2,68 @@
 """Few tokens times packed weights: every hit weight is read once, as it is stored.
 
     u[p] = silu(clamp(W1[e] x[t])) * clamp(W3[e] x[t]) * weight[p]      p a pair (t, k), e its id
-    y[t] = sum_k W2[e] u[p]
+    y[p] = W2[e] u[p]
 
-Grid: (pair, rows) for u, (token, rows) for y and for a plain linear map. The first axis runs
-fastest, so that tokens that share an expert meet its rows in the L2 cache. Tile: BLOCK_N rows by
-BLOCK_G groups of 16 codes, summed inside a thread before the scale multiplies. Everything is
-float32 in registers; ids are read on the device, so nothing waits for the host. Rows and codes
-beyond the end are masked to zero.
+Grid: (pair, rows), or (row of x, rows) of a plain linear map. The first axis runs fastest, so that
+tokens that share an expert meet its rows in the L2 cache. A program is one warp: BLOCK_N rows by
+BLOCK_G groups of 16 codes, a lane holding whole groups, so that nothing changes hands before the
+last sum and x arrives where it is needed. Everything is float32 in registers; ids are read on the
+device, so nothing waits for the host. Rows and codes beyond the end are masked to zero.
+
+Packed codes are read as words of eight (FP4) or four (FP8). What meets them is stored in *pieces*:
+the numbers at place 0 of all words, then those at place 1, and so on.
 """
 
 import triton
 import triton.language as tl
 
-from .unpack import E2M1_FACTOR, E4M3_FACTOR, FP4, FP8, GROUP, PLAIN, e4m3, e8m0, scale_row
+from .unpack import E2M1_FACTOR, E4M3_FACTOR, FP4, GROUP, PLAIN, e8m0, scale_row
 
-# Bits of codes are values over 2^126: activations are raised, so that no product is subnormal.
+# Bits of codes are values over 2^126 or 2^120: activations are raised, so that no product is
+# subnormal.
 _RAISE = tl.constexpr(2.0**64)
 
 
 @triton.jit
-def _fp4_products(w, line, keep, x, start, WIDTH, BLOCK_G: tl.constexpr):
-    """Sums of a group's 32 products, before its scale: [BLOCK_N, BLOCK_G]."""
-    group = tl.arange(0, BLOCK_G)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    at = start // 4 + group  # [G, 4] words of eight codes
-    inside = at < WIDTH // 4
+def _word_products(w, line, keep, x, start, WIDTH, FORMAT: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Sums of the products of four words, before their scale: [BLOCK_N, BLOCK_G]."""
+    PAIRS: tl.constexpr = 4 if FORMAT == FP4 else 2
+    BITS: tl.constexpr = 16 // PAIRS
+    words = WIDTH // 4
+    at = start // 4 + tl.arange(0, BLOCK_G)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    inside = at < words
     word = tl.load(
         w.to(tl.pointer_type(tl.int32)) + line[:, None, None] // 4 + at[None],
         mask=keep[:, None, None] & inside[None], other=0,
-    )  # fmt: skip
-    column = tl.arange(0, 8)[None, None, :]
-    xs = tl.load(x + at[:, :, None] * 8 + column, mask=inside[:, :, None], other=0)
-    xs = tl.reshape(xs.to(tl.float32) * _RAISE, (BLOCK_G, 4, 2, 2, 2))
-    even, odd = tl.split(xs)
-    x04, x26 = tl.split(even)
-    x15, x37 = tl.split(odd)
-    word = word.to(tl.uint32, bitcast=True)
+    ).to(tl.uint32, bitcast=True)  # fmt: skip
     total = tl.zeros(word.shape, tl.float32)
-    total = _two_products(total, word << 12, x04)
-    total = _two_products(total, word << 8, x15)
-    total = _two_products(total, word << 4, x26)
-    total = _two_products(total, word, x37)
-    return tl.sum(total, axis=2) * (E2M1_FACTOR / _RAISE)
+    for place in tl.static_range(PAIRS):
+        # The codes at this place of either half of a word, moved to end at bits 15 and 31: with
+        # exponent and mantissa where bfloat16 has them, the upper halves of two float32.
+        moved = word << (16 - BITS - BITS * place)
+        if FORMAT == FP4:
+            bits = (moved & 0x80008000) | ((moved >> 6) & 0x01C001C0)
+        else:
+            bits = (moved & 0x80008000) | ((moved >> 4) & 0x07F007F0)
+        low = tl.load(x + place * words + at, mask=inside, other=0)
+        high = tl.load(x + (place + PAIRS) * words + at, mask=inside, other=0)
+        low, high = low.to(tl.float32) * _RAISE, high.to(tl.float32) * _RAISE
+        total += (bits << 16).to(tl.float32, bitcast=True) * low[None]
+        total += (bits & 0xFFFF0000).to(tl.float32, bitcast=True) * high[None]
+    factor: tl.constexpr = E2M1_FACTOR if FORMAT == FP4 else E4M3_FACTOR
+    return tl.sum(total, axis=2) * (factor / _RAISE)
 
 
 @triton.jit
-def _two_products(total, word, x):
-    """Add the codes that end at bits 15 and 31 of words [N, G, 4], times x [G, 4, 2]."""
-    low, high = tl.split(x)
-    # Two bfloat16, which are the upper halves of two float32.
-    bits = (word & 0x80008000) | ((word >> 6) & 0x01C001C0)
-    first = (bits << 16).to(tl.float32, bitcast=True)
-    second = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-    total += first * low[None]
-    return total + second * high[None]
-
-
-@triton.jit
-def _byte_products(w, line, keep, x, start, WIDTH, FORMAT: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Sums of 16 products, before their scale: [BLOCK_N, BLOCK_G]."""
+def _plain_products(w, line, keep, x, start, WIDTH, BLOCK_G: tl.constexpr):
+    """Sums of 16 products: [BLOCK_N, BLOCK_G]."""
     at = start + tl.arange(0, BLOCK_G)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = at < WIDTH
-    code = tl.load(
+    weight = tl.load(
         w + line[:, None, None] + at[None], mask=keep[:, None, None] & inside[None], other=0
     )
-    xs = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-    if FORMAT == FP8:
-        part = tl.sum(e4m3(code) * (xs * _RAISE)[None], axis=2) * (E4M3_FACTOR / _RAISE)
-    else:
-        part = tl.sum(code.to(tl.float32) * xs[None], axis=2)
-    return part
+    xs = tl.load(x + at, mask=inside, other=0)
+    return tl.sum(weight.to(tl.float32) * xs.to(tl.float32)[None], axis=2)
 
 
 @triton.jit
@@ -94,11 +87,10 @@ def _row_products(
     s_line = scale_row(rows, half_rows, SCALE_ROWS) * scale_columns
     acc = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
     for start in range(0, WIDTH, BLOCK_G * GROUP):
-        if FORMAT == FP4:
-            part = _fp4_products(w, line, keep, x, start, WIDTH, BLOCK_G)
+        if FORMAT == PLAIN:
+            part = _plain_products(w, line, keep, x, start, WIDTH, BLOCK_G)
         else:
-            part = _byte_products(w, line, keep, x, start, WIDTH, FORMAT, BLOCK_G)
-        if FORMAT != PLAIN:
+            part = _word_products(w, line, keep, x, start, WIDTH, FORMAT, BLOCK_G)
             first = start + tl.arange(0, BLOCK_G) * GROUP
             byte = tl.load(
                 s + s_line[:, None] + (first // SCALE_COLUMNS)[None, :],
@@ -127,33 +119,32 @@ def gate_up_gemv(
     limit,
     TOP_K: tl.constexpr,
     CLAMP: tl.constexpr,
+    PIECES: tl.constexpr,
     FORMAT: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """Pairs through gate, up and the activation: u [P, F]."""
+    """Pairs through gate, up and the activation: u [P, F]; a tile is half gate and half up."""
+    HALF: tl.constexpr = BLOCK_N // 2
     pair = tl.program_id(0)
-    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    keep = rows < F
+    place = tl.arange(0, BLOCK_N)
+    f = tl.program_id(1) * HALF + place % HALF
     expert = tl.load(index + pair).to(tl.int64)
-    w += expert * w_expert
-    s += expert * s_expert
-    x += (pair // TOP_K) * x_row
-    gate = _row_products(
-        w, s, rows, keep, F, x, WIDTH, scale_columns,
+    both = _row_products(
+        w + expert * w_expert, s + expert * s_expert, f + place // HALF * F, f < F, F,
+        x + (pair // TOP_K) * x_row, WIDTH, scale_columns,
         FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_G,
     )  # fmt: skip
-    up = _row_products(
-        w, s, rows + F, keep, F, x, WIDTH, scale_columns,
-        FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_G,
-    )  # fmt: skip
+    gate, up = tl.split(tl.trans(tl.reshape(both, (2, HALF))))
     if CLAMP:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
     value = gate * tl.sigmoid(gate) * up * tl.load(weight + pair)
-    tl.store(u + pair * F + rows, value, mask=keep)
+    f = tl.program_id(1) * HALF + tl.arange(0, HALF)
+    at = f % PIECES * (F // PIECES) + f // PIECES
+    tl.store(u + pair * F + at, value, mask=f < F)
 
 
 @triton.jit
@@ -169,28 +160,21 @@ def down_gemv(
     scale_columns,
     w_expert,
     s_expert,
-    TOP_K: tl.constexpr,
     FORMAT: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """Down projections of a token's K experts, summed in the order of its ids: y [n, D]."""
-    token = tl.program_id(0)
+    """Down projections of pairs: y [P, D] float32."""
+    pair = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    keep = rows < D
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    # Unrolled: the loads of all K experts can be in flight together.
-    for k in tl.static_range(TOP_K):
-        pair = token * TOP_K + k
-        expert = tl.load(index + pair).to(tl.int64)
-        total += _row_products(
-            w + expert * w_expert, s + expert * s_expert, rows, keep, D, u + pair * F,
-            WIDTH, scale_columns,
-            FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_G,
-        )  # fmt: skip
-    tl.store(y + token * D + rows, total, mask=keep)
+    expert = tl.load(index + pair).to(tl.int64)
+    value = _row_products(
+        w + expert * w_expert, s + expert * s_expert, rows, rows < D, D, u + pair * F,
+        WIDTH, scale_columns, FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_G,
+    )  # fmt: skip
+    tl.store(y + pair * D + rows, value, mask=rows < D)
 
 
 @triton.jit

@@ -26,15 +26,16 @@ from .unpack import FP4, FP8, PLAIN
 DECODE_ROWS = 16
 # Rows and 16-code groups of a matrix-vector tile.
 GEMV_TILES: dict[str, dict[str, int]] = {
-    "gate_up": {"BLOCK_N": 16, "BLOCK_G": 64},
-    "down": {"BLOCK_N": 8, "BLOCK_G": 64},
-    "linear": {"BLOCK_N": 8, "BLOCK_G": 64},
+    "gate_up": {"BLOCK_N": 8, "BLOCK_G": 32, "num_warps": 1},
+    "down": {"BLOCK_N": 8, "BLOCK_G": 32, "num_warps": 1},
+    "linear": {"BLOCK_N": 8, "BLOCK_G": 32, "num_warps": 1},
 }
 # Weight rows and codes of a matrix tile. Four warps by 64: more of either and wgmma's operand, or
 # the sums, would change hands through shared memory.
 GEMM_TILES: dict[str, dict[str, int]] = {
-    "forward": {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
-    "backward": {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    "forward": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+    "backward": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+    "linear": {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
 }
 # Most sorted rows of a matrix tile; fewer where experts have fewer.
 MOST_ROWS = 128
@@ -57,6 +58,11 @@ class Weight(NamedTuple):
         return self.fixed["FORMAT"] == FP4.value
 
     @property
+    def pieces(self) -> int:
+        """Codes in a word of four bytes; one where numbers are not read as words."""
+        return {FP4.value: 8, FP8.value: 4}.get(self.fixed["FORMAT"], 1)
+
+    @property
     def strides(self) -> tuple[int, int]:
         """From expert to expert: of codes and of scales."""
         return self.codes.stride(0), self.scale.stride(0)
@@ -69,9 +75,11 @@ class Plan(NamedTuple):
     tiles: torch.Tensor
     rows: int
 
-    def blocks(self, way: str) -> dict[str, int]:
-        """Sizes of a kernel's tile, "forward" or "backward"."""
-        return {"BLOCK_M": self.rows, **GEMM_TILES[way]}
+    def blocks(self, way: str, weight: Weight, run: int = 0) -> dict[str, int]:
+        """Sizes of a kernel's tile, "forward" or "backward" over runs of so many rows."""
+        tile = GEMM_TILES[way]
+        even = weight.width % tile["BLOCK_K"] == 0 and run % tile["BLOCK_N"] == 0
+        return {"BLOCK_M": self.rows, "EVEN": even, **tile}
 
     def grid(self, size: int, way: str, axis: str) -> tuple[int]:
         """Programs for `size` outputs."""
@@ -91,9 +99,9 @@ def _covered(x: torch.Tensor, weight: StackedWeight) -> bool:
     if fmt is None:
         return codes.dtype is x.dtype and not (codes.requires_grad and torch.is_grad_enabled())
     # Codes are also read as words of four bytes.
-    if fmt.name == "fp4":
-        return codes.shape[-1] % 4 == codes.stride(0) % 4 == codes.data_ptr() % 4 == 0
-    return fmt.name.startswith("fp8") and fmt.group % 16 == 0
+    words = codes.shape[-1] % 4 == codes.stride(0) % 4 == codes.data_ptr() % 4 == 0
+    known = fmt.name == "fp4" or (fmt.name.startswith("fp8") and fmt.group % 16 == 0)
+    return words and known
 
 
 def _open(weight: StackedWeight) -> Weight:
@@ -146,19 +154,25 @@ def _decode(
     """[n, D] -> [n, D] float32, pair by pair."""
     (n, k), f, d = index.shape, gate_up.rows // 2, down.rows
     u = x.new_empty(n * k, f)
-    y = x.new_empty(n, d, dtype=torch.float32)
+    y = x.new_empty(n * k, d, dtype=torch.float32)
     bound, clamp = _limit(limit)
-    expert_gemv.gate_up_gemv[(n * k, triton.cdiv(f, GEMV_TILES["gate_up"]["BLOCK_N"]))](
-        x, index, routing, gate_up.codes, gate_up.scale, u,
-        f, gate_up.width, gate_up.scale_columns, *gate_up.strides, x.stride(0), bound,
-        TOP_K=k, CLAMP=clamp, **gate_up.fixed, **GEMV_TILES["gate_up"],
+    tile = GEMV_TILES["gate_up"]
+    expert_gemv.gate_up_gemv[(n * k, triton.cdiv(f, tile["BLOCK_N"] // 2))](
+        _in_pieces(x, gate_up), index, routing, gate_up.codes, gate_up.scale, u,
+        f, gate_up.width, gate_up.scale_columns, *gate_up.strides, gate_up.columns, bound,
+        TOP_K=k, CLAMP=clamp, PIECES=down.pieces, **gate_up.fixed, **tile,
     )  # fmt: skip
-    expert_gemv.down_gemv[(n, triton.cdiv(d, GEMV_TILES["down"]["BLOCK_N"]))](
+    tile = GEMV_TILES["down"]
+    expert_gemv.down_gemv[(n * k, triton.cdiv(d, tile["BLOCK_N"]))](
         u, index, down.codes, down.scale, y,
-        d, f, down.width, down.scale_columns, *down.strides,
-        TOP_K=k, **down.fixed, **GEMV_TILES["down"],
+        d, f, down.width, down.scale_columns, *down.strides, **down.fixed, **tile,
     )  # fmt: skip
-    return y
+    return y.view(n, k, d).sum(1)
+
+
+def _in_pieces(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """Numbers of [..., columns] at place 0 of each word of codes, then those at place 1, ..."""
+    return x.unflatten(-1, (-1, weight.pieces)).mT.flatten(-2).contiguous()
 
 
 def linear(x: torch.Tensor, parts: dict[str, torch.Tensor], fmt: WeightFormat) -> torch.Tensor:
@@ -168,7 +182,10 @@ def linear(x: torch.Tensor, parts: dict[str, torch.Tensor], fmt: WeightFormat) -
         [n, out], or [n, G, out / G], in x's dtype; no gradient.
     """
     weight = _open(StackedWeight({k: p[None] for k, p in parts.items()}, fmt))
-    x = _in_autocast(x).contiguous()
+    x = _in_autocast(x)
+    if x.dim() == 2 and len(x) > 2:
+        return _linear_gemm(x, weight)
+    x = _in_pieces(x, weight)
     groups = x.shape[1] if x.dim() == 3 else 1
     y = x.new_empty(x.shape[0], weight.rows)
     tile = GEMV_TILES["linear"]
@@ -178,6 +195,22 @@ def linear(x: torch.Tensor, parts: dict[str, torch.Tensor], fmt: WeightFormat) -
         **weight.fixed, **tile,
     )  # fmt: skip
     return y.view(*x.shape[:-1], -1)
+
+
+def _linear_gemm(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """The same for rows enough to open each weight once for all of them: one tile of rows."""
+    tiles = torch.zeros(1, 3, dtype=torch.int32, device=x.device)
+    tiles[:, 2].fill_(len(x))
+    y = x.new_empty(len(x), weight.rows)
+    tile = GEMM_TILES["linear"]
+    expert_gemm.linear_gemm[(triton.cdiv(weight.rows, tile["BLOCK_N"]),)](
+        _split(x, weight), tiles, tiles, weight.codes, weight.scale, y,
+        1, weight.rows, weight.width, weight.scale_columns, *weight.strides, weight.rows,
+        weight.columns,
+        SCATTER=False, BLOCK_M=DECODE_ROWS, EVEN=weight.width % tile["BLOCK_K"] == 0,
+        **weight.fixed, **tile, **_number_type(x),
+    )  # fmt: skip
+    return y
 
 
 def covers_linear(
@@ -244,13 +277,13 @@ class _Experts(torch.autograd.Function):
             _split(x, gate_up), routing, plan.order, plan.tiles, gate_up.codes, gate_up.scale,
             u, h, experts, f, gate_up.width, gate_up.scale_columns, *gate_up.strides, d, bound,
             TOP_K=k, CLAMP=clamp, SAVE=keep, SPLIT_ROWS=down.split,
-            **gate_up.fixed, **plan.blocks("forward"), **number,
+            **gate_up.fixed, **plan.blocks("forward", gate_up), **number,
         )  # fmt: skip
         y = x.new_empty(n * k, d)
         expert_gemm.linear_gemm[plan.grid(d, "forward", "BLOCK_N")](
             u, plan.order, plan.tiles, down.codes, down.scale, y,
             experts, d, down.width, down.scale_columns, *down.strides, d, f,
-            SCATTER=True, **down.fixed, **plan.blocks("forward"), **number,
+            SCATTER=True, **down.fixed, **plan.blocks("forward", down), **number,
         )  # fmt: skip
         ctx.save_for_backward(h, routing)
         ctx.plan, ctx.gate_up, ctx.down, ctx.limit, ctx.dtype = plan, gate_up, down, limit, x.dtype
@@ -261,12 +294,13 @@ class _Experts(torch.autograd.Function):
         (h, routing), plan = ctx.saved_tensors, ctx.plan
         gate_up, down, (bound, clamp) = ctx.gate_up, ctx.down, _limit(ctx.limit)
         (n, k), f, d, experts = routing.shape, gate_up.rows // 2, down.rows, len(down.codes)
-        blocks, number = plan.blocks("backward"), _number_type(h)
+        number, run = _number_type(h), f // 2 if down.split else f
         du = h.new_empty(n * k, f)
         expert_gemm.input_grad_gemm[plan.grid(down.width, "backward", "BLOCK_K")](
             grad.to(ctx.dtype).contiguous(), plan.order, plan.tiles, down.codes, down.scale, du,
             experts, d, down.width, down.scale_columns, *down.strides, d, d, f,
-            TOP_K=k, HALVES=1, SPLIT_ROWS=False, SCATTER=False, **down.fixed, **blocks, **number,
+            TOP_K=k, HALVES=1, SPLIT_ROWS=False, SCATTER=False,
+            **down.fixed, **plan.blocks("backward", down, d), **number,
         )  # fmt: skip
         dh = torch.empty_like(h)
         dweight = torch.empty_like(routing)
@@ -280,7 +314,7 @@ class _Experts(torch.autograd.Function):
             dh, plan.order, plan.tiles, gate_up.codes, gate_up.scale, dx,
             experts, f, gate_up.width, gate_up.scale_columns, *gate_up.strides, f, 2 * f, d,
             TOP_K=0, HALVES=2, SPLIT_ROWS=down.split, SCATTER=True,
-            **gate_up.fixed, **blocks, **number,
+            **gate_up.fixed, **plan.blocks("backward", gate_up, run), **number,
         )  # fmt: skip
         dx = _unsplit(dx.view(n, k, d).sum(1, dtype=torch.float32), gate_up).to(ctx.dtype)
         return dx, dweight, None, None, None, None
@@ -296,7 +330,7 @@ class _Grouped(torch.autograd.Function):
             _split(x, weight), plan.order, plan.tiles, weight.codes, weight.scale, y,
             len(weight.codes), weight.rows, weight.width, weight.scale_columns, *weight.strides,
             half, weight.columns,
-            SCATTER=False, **weight.fixed, **plan.blocks("forward"), **_number_type(x),
+            SCATTER=False, **weight.fixed, **plan.blocks("forward", weight), **_number_type(x),
         )  # fmt: skip
         ctx.plan, ctx.weight, ctx.half = plan, weight, half
         return y
@@ -310,7 +344,7 @@ class _Grouped(torch.autograd.Function):
             len(weight.codes), weight.rows, weight.width, weight.scale_columns, *weight.strides,
             ctx.half, weight.rows, weight.columns,
             TOP_K=0, HALVES=1, SPLIT_ROWS=False, SCATTER=False,
-            **weight.fixed, **plan.blocks("backward"), **_number_type(grad),
+            **weight.fixed, **plan.blocks("backward", weight, weight.rows), **_number_type(grad),
         )  # fmt: skip
         return _unsplit(dx, weight), None, None, None
 
@@ -353,11 +387,9 @@ def run(
     Returns:
         [n, D] float32.
     """
-    if not index.numel():
-        return torch.zeros_like(x, dtype=torch.float32)
     x, index, routing = _in_autocast(x), index.contiguous(), routing.float().contiguous()
     learns = torch.is_grad_enabled() and (x.requires_grad or routing.requires_grad)
     first, second = _open(gate_up), _open(down)
     if len(x) <= DECODE_ROWS and not learns:
-        return _decode(x.contiguous(), routing, index, first, second, limit)
+        return _decode(x, routing, index, first, second, limit)
     return _Experts.apply(x, routing, index, first, second, limit)

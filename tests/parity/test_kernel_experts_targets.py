@@ -46,9 +46,10 @@ def _compile_all() -> list[dict[str, Any]]:
 
     from modeling_dsv4.kernels import expert_gemm, expert_gemv, experts
 
-    number = {"DTYPE": tl.bfloat16, "ASM": True, "BLOCK_M": experts.MOST_ROWS}
+    number = {"DTYPE": tl.bfloat16, "ASM": True, "EVEN": True, "BLOCK_M": experts.MOST_ROWS}
     cases: list[tuple[Any, dict[str, Any], tuple[int, ...]]] = [
-        (expert_gemv.gate_up_gemv, {"TOP_K": 6, "CLAMP": True, **experts.GEMV_TILES["gate_up"]},
+        (expert_gemv.gate_up_gemv, {"TOP_K": 6, "CLAMP": True, "PIECES": 8,
+         **experts.GEMV_TILES["gate_up"]},
          (80, 100)),
         (expert_gemm.gate_up_gemm, {"TOP_K": 6, "CLAMP": True, "SAVE": True, "SPLIT_ROWS": True,
          **number, **experts.GEMM_TILES["forward"]}, TARGETS),

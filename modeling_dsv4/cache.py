@@ -141,7 +141,7 @@ class Rows:
             self.data = new.new_zeros(new.shape[0], capacity + 1, *new.shape[2:])
         start = torch.zeros_like(count) if before is None else before
         at = torch.arange(new.shape[1], device=new.device)
-        to = (start[:, None] + at).clamp(max=capacity)
+        to = start[:, None] + at
         batch = torch.arange(new.shape[0], device=new.device)[:, None].expand_as(to)
         if torch.is_grad_enabled() and new.requires_grad:
             out = self.data.clone().index_put((batch, to), new)

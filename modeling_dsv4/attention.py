@@ -147,9 +147,10 @@ class Dsv4Attention(Float32Parameters):
             if self.indexer is not None:
                 keys = self.indexer.new_keys(hidden_states, latents, segments, cache)
             if cache is not None:
-                entries = cache.entries.extend(entries, past, windows.count)
+                step = segments.step
+                entries = cache.entries.extend(entries, past, windows.count, step)
                 if keys is not None:
-                    keys = cache.index_keys.extend(keys, past, windows.count)
+                    keys = cache.index_keys.extend(keys, past, windows.count, step)
             shared = Shared(entries, keys)
         if self.indexer is not None:
             assert shared.index_keys is not None
@@ -215,10 +216,11 @@ class Dsv4Attention(Float32Parameters):
             if entries.shape[1] > _DENSE_UP_TO * ids.shape[2]:
                 return ops.gather_entries(entries, chosen), chosen >= 0
             return entries, ops.chosen_mask(chosen, entries.shape[1])
-        upto = int(segments.windows(self.ratio).upto[:, part].max())
+        windows = segments.windows(self.ratio)
+        upto = entries.shape[1] if segments.step else int(windows.upto[:, part].max())
         if upto == 0:
             return None, None
-        return entries[:, :upto], visible(segments.windows(self.ratio), part, upto)
+        return entries[:, :upto], visible(windows, part, upto)
 
     def _blocks(
         self, q: torch.Tensor, entries: torch.Tensor | None, ids: torch.Tensor | None

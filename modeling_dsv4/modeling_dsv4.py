@@ -34,7 +34,7 @@ from .layers import RMSNorm
 from .loading import PretrainedLoading
 from .precision import FLOAT32_NAMES
 from .rotary import rotation
-from .segments import RowState, Segments, find_segments
+from .segments import RowState, Segments, find_segments, find_step
 from .simulation import set_simulation
 from .storage import OpaqueWeights
 
@@ -149,15 +149,19 @@ class Dsv4Model(Dsv4PreTrainedModel):
             raise ValueError("wanted input_ids or inputs_embeds, got neither")
         cache = self._open_cache(past_key_values, use_cache)
         batch, columns = x.shape[:2]
-        state = cache.begin(batch, x.device) if cache else RowState.empty(batch, x.device)
-        segments = find_segments(
-            (batch, columns),
-            state,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            seq_idx=seq_idx,
-            cu_seq_lens=cu_seq_lens_q,
-        )
+        state = cache.begin(batch, x.device, columns) if cache else RowState.empty(batch, x.device)
+        if cache and cache.is_static and columns == 1:
+            # Numbers of documents have nothing to say about one column.
+            segments = find_step(state, attention_mask, position_ids)
+        else:
+            segments = find_segments(
+                (batch, columns),
+                state,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                seq_idx=seq_idx,
+                cu_seq_lens=cu_seq_lens_q,
+            )
         keeps_all = output_hidden_states or output_router_logits or torch.is_grad_enabled()
         step = max(_CHUNK_TOKENS // batch, 1)
         if columns > step and not keeps_all:
@@ -379,14 +383,24 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Make the model's own cache where `generate` would make a DynamicCache."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        """Make the model's own cache where `generate` would make a transformers one."""
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "static"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: this model has "
-                "its own cache; leave the argument out, or pass past_key_values=Dsv4Cache(config)"
+                f"cache_implementation={kind!r}: this model has its own cache; wanted dynamic (the "
+                "default) or static, or past_key_values=Dsv4Cache(config)"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = Dsv4Cache(self.config)
+        given = model_kwargs.get("past_key_values")
+        if given is not None and kind == "static":
+            raise ValueError(
+                "got cache_implementation='static' and past_key_values; pass one of the two, such "
+                "as past_key_values=Dsv4Cache(config, max_length=...)"
+            )
+        if given is None and generation_config.use_cache:
+            length = max(max_cache_length, generation_config.max_cache_len or 0)
+            model_kwargs["past_key_values"] = Dsv4Cache(
+                self.config, max_length=length if kind == "static" else None
+            )
 
 
 def _refuse_images(kwargs: dict[str, object]) -> None:

@@ -18,6 +18,9 @@ from .precision import Float32Parameters
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
+# So many tokens may copy the weights of their experts where grouping them is not possible.
+_GATHERED_UP_TO = 64
+
 
 class ExpertsBase(nn.Module):
     """What every store of routed experts obeys: plain, packed, on disk, or with adapters.
@@ -94,6 +97,15 @@ class Dsv4Experts(ExpertsBase):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
+        if len(hidden_states) <= _GATHERED_UP_TO and _may_not_wait(hidden_states):
+            return ops.gathered_experts(
+                hidden_states,
+                self.gate_up_proj,
+                self.down_proj,
+                top_k_index,
+                top_k_weights,
+                self.swiglu_limit,
+            )
         # Few rows: a loop of matrix-vector products reads each hit expert once and beats grouping.
         if top_k_index.numel() < 2 * self.num_experts or not ops.can_group(self.gate_up_proj):
             return super().forward(hidden_states, top_k_index, top_k_weights)
@@ -103,6 +115,13 @@ class Dsv4Experts(ExpertsBase):
         u = ops.swiglu(h, self.swiglu_limit, weights)
         y = ops.grouped_linear(u, self.down_proj, rows.counts)
         return ops.scatter_rows(y, rows.token, hidden_states)
+
+
+def _may_not_wait(x: torch.Tensor) -> bool:
+    """Whether the host is traced or captured, and cannot be told which experts were hit."""
+    if torch.compiler.is_compiling():
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class Dsv4Router(Float32Parameters):

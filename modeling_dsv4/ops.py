@@ -75,6 +75,36 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> 
     return F.grouped_mm(x, weight.transpose(-1, -2), offs=ends)
 
 
+def gathered_experts(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    limit: float | None,
+) -> torch.Tensor:
+    """`sum_k down_e(weight_k * swiglu(gate_up_e(x)))` with e = index_k, in fixed shapes.
+
+    Copies the weights of every pair, so it is for few tokens; nothing waits for the device.
+
+    Args:
+        x: [n, D].
+        gate_up: [E, 2F, D].
+        down: [E, D, F].
+        index: [n, K] int64.
+        weight: [n, K] float32.
+        limit: of the clamps.
+
+    Returns:
+        [n, D] float32.
+    """
+    n, k = index.shape
+    expert = index.flatten()
+    h = gate_up[expert] @ x.repeat_interleave(k, dim=0)[..., None]
+    u = swiglu(h[..., 0], limit, weight.flatten())
+    return fp32(down[expert] @ u[..., None]).view(n, k, -1).sum(1)
+
+
 def scatter_rows(y: torch.Tensor, token: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Add rows [M, D] to their tokens: float32 [n, D] for `like` [n, D]."""
     y = fp32(y)
@@ -116,7 +146,13 @@ def top_k_ascending(scores: torch.Tensor, k: int) -> torch.Tensor:
     above, tied = scores > kth, scores == kth
     room = k - above.sum(-1, keepdim=True)
     chosen = above | (tied & (tied.cumsum(-1) <= room))
-    return chosen.nonzero()[:, -1].view(*scores.shape[:-1], k)
+    if scores.shape[-2:-1] != (1,):
+        return chosen.nonzero()[:, -1].view(*scores.shape[:-1], k)
+    # Decoding: a shape that the data decides would wait for the device and end a compiled graph.
+    # The r-th chosen id goes to slot r, all others to one that is cut off.
+    slot = torch.where(chosen, chosen.cumsum(-1) - 1, k)
+    at = torch.arange(scores.shape[-1], device=scores.device).expand_as(slot)
+    return slot.new_zeros(*slot.shape[:-1], k + 1).scatter_(-1, slot, at)[..., :k]
 
 
 # --- attention ----------------------------------------------------------------------------------

@@ -47,5 +47,17 @@ def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """Turn the last R channels of [..., C] by [..., R/2] (broadcast); conjugate to turn back."""
     r = 2 * turn.shape[-1]
     plain, pairs = x[..., :-r], fp32(x[..., -r:]).unflatten(-1, (-1, 2))
-    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+    # A compiler fuses real numbers and leaves complex ones alone; eagerly, theirs is the one pass.
+    turned = (turn_pairs_ref if torch.compiler.is_compiling() else turn_pairs)(pairs, turn)
     return torch.cat((plain, turned.flatten(-2).to(x.dtype)), dim=-1)
+
+
+def turn_pairs_ref(pairs: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """`(a cos - b sin, a sin + b cos)` of pairs [..., R/2, 2] and unit numbers [..., R/2]."""
+    (a, b), cos, sin = pairs.unbind(-1), turn.real, turn.imag
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def turn_pairs(pairs: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """The same as a complex product; see `turn_pairs_ref`."""
+    return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)

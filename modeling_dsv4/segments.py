@@ -35,6 +35,10 @@ class RowState:
     entries: dict[int, torch.Tensor] = field(default_factory=dict)
     blank: bool = True
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All counters, always in the same order."""
+        return [self.seen, self.start, self.offset, *self.entries.values()]
+
     @classmethod
     def empty(cls, batch: int, device: torch.device) -> RowState:
         zero = torch.zeros(batch, dtype=torch.long, device=device)
@@ -70,6 +74,7 @@ class Segments:
         self.count = torch.full_like(state.seen, row.shape[1])
         self.columns: torch.Tensor | None = None  # [B, S] input column of each token, if pads
         self.fresh = False  # one unpadded document a row, from its first token on
+        self.step = False  # one column a row, in shapes that no data decides
         self._windows: dict[int, Windows] = {}
 
     @property
@@ -90,7 +95,8 @@ class Segments:
         before = self.state.entries.get(ratio)
         upto = rank if before is None else rank + before[:, None]
         count = rank[:, -1]
-        m = s // ratio if self.fresh else int(count.max())
+        # A step has one window a row, closing or not: its shapes are known without looking.
+        m = 1 if self.step else s // ratio if self.fresh else int(count.max())
         column = torch.arange(s, device=self.row.device).expand(b, s)
         last = torch.full((b, m + 1), -1, dtype=torch.long, device=self.row.device)
         last = last.scatter(1, torch.where(closes, rank - 1, m), column)[:, :m]
@@ -125,6 +131,8 @@ class Segments:
 
     def restore(self, x: torch.Tensor, columns: int) -> torch.Tensor:
         """Real tokens [B, S, ...] -> input columns [B, columns, ...]; pads become zero."""
+        if self.step:
+            return x.masked_fill(~self.valid.view(*x.shape[:2], *[1] * (x.dim() - 2)), 0)
         if self.columns is None:
             return x
         out = x.new_zeros(x.shape[0], columns + 1, *x.shape[2:])
@@ -168,8 +176,7 @@ def find_segments(
     columns, count = _real_columns(shape, attention_mask)
 
     def pick(x: torch.Tensor) -> torch.Tensor:
-        if x.shape[-1] != s:
-            raise ValueError(f"wanted positions or numbers for {s} tokens, got {list(x.shape)}")
+        _check_width(x, s)
         x = x.to(device).expand(b, s)
         return x if columns is None else x.gather(1, columns)
 
@@ -199,6 +206,34 @@ def find_segments(
     return segments
 
 
+def find_step(
+    state: RowState,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> Segments:
+    """`find_segments` of one column a row, without asking the device for a number.
+
+    Shapes depend on the batch alone, so the step can be compiled once or captured: a pad is a
+    token that counts nothing. Positions are checked where that is free, eagerly on a CPU; elsewhere
+    a 0 begins a document and every other position is taken to continue.
+    """
+    b = state.seen.shape[0]
+    row = state.seen[:, None]
+    begins, position = row == 0, (state.offset + state.seen - state.start)[:, None]
+    _check_mask((b, 1), attention_mask)
+    real = torch.ones_like(begins) if attention_mask is None else attention_mask[:, -1:].bool()
+    if position_ids is not None:
+        _check_width(position_ids, 1)
+        given, expected = position_ids.to(row.device).expand(b, 1), position
+        if row.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_restart(real & ~begins & (given != expected), given, expected)
+        begins = begins | (given == 0)
+        position = torch.where(begins, given, expected)
+    segments = Segments(row, torch.where(begins, row, state.start[:, None]), position, state)
+    segments.count, segments.step = real[:, 0].long(), True
+    return segments
+
+
 def _is_fresh(
     state: RowState,
     position_ids: torch.Tensor | None,
@@ -216,19 +251,28 @@ def _real_columns(
     """Columns [B, S] of the real tokens, left-justified, and their number [B]; None: no pads."""
     if attention_mask is None:
         return None, None
-    b, s = shape
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != b or attention_mask.shape[1] < s:
-        raise ValueError(
-            f"attention_mask: wanted [{b}, >= {s}] with 0 on pads, got "
-            f"{list(attention_mask.shape)}; causality and windows are built in, masks of four "
-            "dimensions are not taken"
-        )
+    s = shape[1]
+    _check_mask(shape, attention_mask)
     real = attention_mask[:, -s:].bool()
     if bool(real.all()):
         return None, None
     count = real.sum(1)
     order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
     return order[:, : max(int(count.max()), 1)], count
+
+
+def _check_mask(shape: tuple[int, int], mask: torch.Tensor | None) -> None:
+    b, s = shape
+    if mask is not None and (mask.dim() != 2 or mask.shape[0] != b or mask.shape[1] < s):
+        raise ValueError(
+            f"attention_mask: wanted [{b}, >= {s}] with 0 on pads, got {list(mask.shape)}; "
+            "causality and windows are built in, masks of four dimensions are not taken"
+        )
+
+
+def _check_width(x: torch.Tensor, columns: int) -> None:
+    if x.shape[-1] != columns:
+        raise ValueError(f"wanted positions or numbers for {columns} tokens, got {list(x.shape)}")
 
 
 def _check_restart(

@@ -157,6 +157,28 @@ def test_scores_and_other_outputs_are_returned(model: Any) -> None:
     torch.testing.assert_close(torch.cat(out.logits).double(), full, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_static_cache_changes_no_token(model: Any, beams: int) -> None:
+    ids, mask = _ids(18, batch=2), torch.ones(2, 18, dtype=torch.long)
+    mask[1, :7] = 0
+    out = _greedy(model, ids, attention_mask=mask, num_beams=beams)
+    caches: list[Dsv4Cache] = []
+    init = Dsv4Cache.__init__
+
+    def seen(self: Dsv4Cache, *args: Any, **kwargs: Any) -> None:
+        caches.append(self)
+        init(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dsv4Cache, "__init__", seen)
+        static = {"attention_mask": mask, "num_beams": beams, "cache_implementation": "static"}
+        found = _greedy(model, ids, **static)
+        longer = _greedy(model, ids, max_cache_len=90, **static)
+    assert torch.equal(found, out) and torch.equal(longer, out)
+    # The last word is never fed.
+    assert [cache.max_length for cache in caches] == [18 + NEW - 1, 90]
+
+
 def test_repetition_penalties_and_stops_work_as_elsewhere(model: Any) -> None:
     text = _greedy(model, _ids(12), no_repeat_ngram_size=1)
     assert text.unique().numel() == text.numel()
@@ -164,7 +186,10 @@ def test_repetition_penalties_and_stops_work_as_elsewhere(model: Any) -> None:
 
 def test_caches_of_other_kinds_are_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="this model has its own cache"):
-        _greedy(model, _ids(5), cache_implementation="static")
+        _greedy(model, _ids(5), cache_implementation="offloaded")
+    cache = Dsv4Cache(model.config)
+    with pytest.raises(ValueError, match="pass one of the two"):
+        _greedy(model, _ids(5), cache_implementation="static", past_key_values=cache)
     with pytest.raises(ValueError, match="wanted a Dsv4Cache, got DynamicCache"):
         _greedy(model, _ids(5), past_key_values=DynamicCache())
 

@@ -81,8 +81,9 @@ def test_rows_grow_and_keep_what_they_hold() -> None:
         assert torch.equal(out[b, : expected.shape[0]], expected)
 
 
-def test_rows_pass_gradients_of_what_is_new() -> None:
-    rows = Rows()
+@pytest.mark.parametrize("capacity", [None, 4])
+def test_rows_pass_gradients_of_what_is_new(capacity: int | None) -> None:
+    rows = Rows(capacity)
     rows.extend(torch.randn(1, 2, 3), None, torch.tensor([2]))
     new = torch.randn(1, 2, 3, requires_grad=True)
     out = rows.extend(new, torch.tensor([2]), torch.tensor([2]))

@@ -81,6 +81,39 @@ def test_shapes_and_dtypes_that_cannot_be_grouped_are_known() -> None:
     assert ops.can_group(torch.empty(2, 8, 8, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("limit", [0.5, None])
+def test_gathered_experts_give_what_one_expert_after_the_other_gives(limit: float | None) -> None:
+    n, k, d, f, e = 5, 2, 6, 4, 3
+    double = {"dtype": torch.float64, "requires_grad": True}
+    x, weight = torch.randn(n, d, **double), torch.rand(n, k, **double)
+    gate_up, down = torch.randn(e, 2 * f, d, **double), torch.randn(e, d, f, **double)
+    index = torch.stack([torch.randperm(e)[:k] for _ in range(n)])
+
+    def loop() -> torch.Tensor:
+        rows = []
+        for t in range(n):
+            y = torch.zeros(d, dtype=torch.float64)
+            for i, w in zip(index[t], weight[t], strict=True):
+                y = y + down[i] @ ops.swiglu(gate_up[i] @ x[t], limit, w)
+            rows.append(y)
+        return torch.stack(rows)
+
+    results = [ops.gathered_experts(x, gate_up, down, index, weight, limit), loop()]
+    torch.testing.assert_close(*results)
+    inputs, seed = (x, weight, gate_up, down), torch.randn(n, d, dtype=torch.float64)
+    torch.testing.assert_close(*(torch.autograd.grad(y, inputs, seed) for y in results))
+
+
+def test_gathered_experts_sum_halves_in_float32() -> None:
+    x, index = torch.randn(2, 8).bfloat16(), torch.tensor([[0, 2], [1, 0]])
+    gate_up, down = torch.randn(3, 8, 8).bfloat16(), torch.randn(3, 8, 4).bfloat16()
+    found = ops.gathered_experts(x, gate_up, down, index, torch.ones(2, 2), None)
+    assert found.dtype == torch.float32
+    one = torch.ones(2, 1)
+    parts = [ops.gathered_experts(x, gate_up, down, i[:, None], one, None) for i in index.T]
+    assert torch.equal(found, parts[0] + parts[1])
+
+
 def test_rows_are_added_to_their_tokens_in_float32() -> None:
     y = torch.full((257, 1), 0.00390625, dtype=torch.bfloat16)
     y[0] = 1
@@ -107,6 +140,14 @@ def test_the_best_are_given_in_ascending_order() -> None:
     scores = torch.randn(2, 5, 40)
     ids = ops.top_k_ascending(scores, 9)
     assert torch.equal(ids, scores.topk(9).indices.sort(-1).values)
+
+
+def test_one_query_a_row_chooses_as_many_queries_do() -> None:
+    # Rounded, so that many are equal; some rows see fewer than k.
+    scores = (torch.randn(5, 1, 40) * 2).round()
+    scores[2, 0, 3:], scores[3] = -torch.inf, 0
+    alone, together = ops.top_k_ascending(scores, 9), ops.top_k_ascending(scores[:, 0], 9)
+    assert torch.equal(alone[:, 0], together) and alone.dtype == torch.int64
 
 
 def test_among_equals_the_earliest_win() -> None:

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from modeling_dsv4 import Dsv4Config
-from modeling_dsv4.rotary import inverse_frequencies, rotate, rotation
+from modeling_dsv4.rotary import (
+    inverse_frequencies,
+    rotate,
+    rotation,
+    turn_pairs,
+    turn_pairs_ref,
+)
 
 
 def test_frequencies_of_the_release() -> None:
@@ -78,6 +84,22 @@ def test_products_depend_on_distance_alone(tiny_config: Callable) -> None:
 
     torch.testing.assert_close(product(70, 66), product(704, 700), atol=1e-4, rtol=0)
     assert (product(70, 66) - product(66, 70)).abs() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("back", [False, True])
+def test_real_and_complex_products_are_the_same_number(dtype: torch.dtype, back: bool) -> None:
+    turn = rotation(torch.arange(0, 70000, 999), Dsv4Config(), compressed=True)
+    turn = turn.conj() if back else turn
+    pairs = torch.randn(len(turn), 32, 2, dtype=dtype, requires_grad=True)
+    results = [turn_pairs(pairs, turn), turn_pairs_ref(pairs, turn)]
+    # Not bit for bit: compilers of torch may fuse a multiplication with an addition.
+    close = {"atol": 1e-6, "rtol": 0}
+    torch.testing.assert_close(*results, **close)
+    seed = torch.randn_like(pairs)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y, pairs, seed)[0] for y in results), **close
+    )
 
 
 def test_half_precision_is_turned_in_float32_and_rounded_once(tiny_config: Callable) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from modeling_dsv4.segments import RowState, Segments, find_segments
+from modeling_dsv4.segments import RowState, Segments, find_segments, find_step
 
 
 def _find(shape: tuple[int, int], state: RowState | None = None, **given: Any) -> Segments:
@@ -167,3 +167,36 @@ def test_borders_of_another_row_are_refused() -> None:
         _find((1, 4), cu_seq_lens=torch.tensor([0, 2, 5]))
     with pytest.raises(ValueError, match="got 2 x 4"):
         _find((2, 4), cu_seq_lens=torch.tensor([0, 2, 4]))
+
+
+# --- steps --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", [None, [[2], [0], [5]], [[0], [0], [0]]], ids=str)
+@pytest.mark.parametrize("pads", [None, [[1], [1], [0]], [[0], [0], [0]]], ids=str)
+def test_a_step_stands_where_any_other_column_stands(positions: Any, pads: Any) -> None:
+    # Rows of 2, 0 and 9 tokens, whose last one is in the second document, at its fifth place.
+    mask = torch.zeros(3, 9, dtype=torch.long)
+    mask[0, 7:], mask[2] = 1, 1
+    places = torch.tensor([[0] * 8 + [1], [0] * 9, [0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    state = _find((3, 9), attention_mask=mask, position_ids=places).after([2, 4])
+    given = {
+        name: torch.tensor(x)
+        for name, x in (("position_ids", positions), ("attention_mask", pads))
+        if x is not None
+    }
+    step, other = find_step(state, **given), _find((3, 1), state, **given)
+    real = step.valid[:, 0]
+    assert torch.equal(step.count, other.count)
+    for name in ("row", "start", "position", "local"):
+        assert torch.equal(getattr(step, name)[real], getattr(other, name)[real]), name
+    states = (step.after([2, 4]).tensors(), other.after([2, 4]).tensors())
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    for ratio in (2, 4):
+        found, wanted = step.windows(ratio), other.windows(ratio)
+        assert found.last.shape == (3, 1)
+        assert torch.equal(found.count, wanted.count)
+        for name in ("upto", "own"):
+            assert torch.equal(getattr(found, name)[real], getattr(wanted, name)[real]), name
+    x = torch.randn(3, 1, 4)
+    assert torch.equal(step.restore(x, 1), x * real[:, None, None])

@@ -54,6 +54,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/context.py
+	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/offload.py
 
 bench-gpu:

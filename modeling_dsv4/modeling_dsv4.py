@@ -219,7 +219,7 @@ class Dsv4Model(Dsv4PreTrainedModel):
                 seq_idx=seq_idx,
                 cu_seq_lens=cu_seq_lens_q,
             )
-        keeps_all = bool(want) or torch.is_grad_enabled()
+        keeps_all = want.anything() or torch.is_grad_enabled()
         step = max(_CHUNK_TOKENS // batch, 1)
         given = (input_ids, inputs_embeds, token_types, attention_mask)
         unread = 0

@@ -93,6 +93,9 @@ class ExpertsBase(nn.Module):
             return None
         from .kernels import experts
 
+        # Experts that another process holds: kernels read the first one, which then counts nothing.
+        here = index < self.num_experts
+        index, weights = torch.where(here, index, 0), weights * here
         return experts.run(x, index, weights, *stacked, self.swiglu_limit)
 
     def grouped(self, x: torch.Tensor, index: torch.Tensor) -> tuple[Linear, Linear] | None:
@@ -182,7 +185,7 @@ class Dsv4Experts(ExpertsBase):
             return super()._one_by_one(hidden_states, top_k_index, top_k_weights)
         rows = ops.group_by_expert(top_k_index, self.num_experts)
         if not rows.token.numel():
-            return super().forward(hidden_states, top_k_index, top_k_weights)
+            return super()._one_by_one(hidden_states, top_k_index, top_k_weights)
         x, weights = hidden_states[rows.token], top_k_weights.flatten()[rows.order]
         h = ops.grouped_linear(x, self.gate_up_proj, rows.counts)
         u = ops.swiglu(h, self.swiglu_limit, weights)

@@ -114,7 +114,7 @@ def gathered_experts(
         x: [n, D].
         gate_up: [E, 2F, D].
         down: [E, D, F].
-        index: [n, K] int64.
+        index: [n, K] int64; ids from E on are left out.
         weight: [n, K] float32.
         limit: of the clamps.
 
@@ -122,7 +122,8 @@ def gathered_experts(
         [n, D] float32.
     """
     n, k = index.shape
-    expert = index.flatten()
+    expert = index.flatten().clamp(max=len(gate_up) - 1)
+    weight = weight * (index < len(gate_up))
     h = gate_up[expert] @ x.repeat_interleave(k, dim=0)[..., None]
     u = swiglu(h[..., 0], limit, weight.flatten())
     return fp32(down[expert] @ u[..., None]).view(n, k, -1).sum(1)

@@ -61,7 +61,8 @@ class Wanted:
         routers = config.output_router_logits if routers is None else routers
         return cls(numbers, bool(attentions), bool(routers))
 
-    def __bool__(self) -> bool:
+    def anything(self) -> bool:
+        """Whether any of it is."""
         return self.states is not None or self.attentions or self.routers
 
     def check_size(self, config: Dsv4Config, batch: int, columns: int, past: int) -> None:

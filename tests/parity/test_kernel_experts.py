@@ -198,6 +198,17 @@ def test_an_expert_chosen_twice_counts_twice(learn: bool, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("learn", [False, True])
+def test_experts_of_another_process_count_nothing(learn: bool, device: str) -> None:
+    sizes = SIZES[device]
+    given = _inputs(17 if learn else 3, sizes, torch.float32, device)
+    module = _make("plain", sizes, FAR, torch.float32).to(device)
+    index = given.index.clone()
+    index[::2, 0] = sizes.e
+    _compare(module, given._replace(index=index), learn)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("learn", [False, True])
 def test_no_token_gives_no_row(learn: bool, device: str, by_kernels: list[str]) -> None:
     sizes = SIZES[device]
     module = _make("fp4", sizes, 1.0, torch.float32).to(device)

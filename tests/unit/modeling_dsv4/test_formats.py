@@ -408,7 +408,11 @@ def test_hadamard_is_its_own_inverse_and_keeps_norms() -> None:
 NAMES = ["fp4", "fp8_block128", "fp8_block32", "fp8_rows32"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, formats.FP4_E4M3, formats.fp8_rows_format(64)], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [*NAMES, formats.FP4_E4M3, formats.fp8_rows_format(64)],
+    ids=lambda fmt: getattr(fmt, "name", fmt),  # a format's repr has addresses in it
+)
 def test_a_format_packs_the_parts_it_announces(name: str | formats.WeightFormat) -> None:
     fmt = formats.get_format(name)
     w = torch.randn(3, 130, 192)

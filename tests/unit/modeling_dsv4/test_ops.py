@@ -112,6 +112,15 @@ def test_gathered_experts_give_what_one_expert_after_the_other_gives(limit: floa
     torch.testing.assert_close(*(torch.autograd.grad(y, inputs, seed) for y in results))
 
 
+def test_gathered_experts_leave_out_those_that_are_elsewhere() -> None:
+    x, gate_up, down = torch.randn(3, 4), torch.randn(2, 8, 4), torch.randn(2, 4, 4)
+    index, weight = torch.tensor([[0, 2], [2, 2], [1, 0]]), torch.rand(3, 2)
+    found = ops.gathered_experts(x, gate_up, down, index, weight, None)
+    less = weight * (index < 2)
+    assert torch.equal(found, ops.gathered_experts(x, gate_up, down, index % 2, less, None))
+    assert not found[1].any() and bool(found[0].any())
+
+
 def test_gathered_experts_sum_halves_in_float32() -> None:
     x, index = torch.randn(2, 8).bfloat16(), torch.tensor([[0, 2], [1, 0]])
     gate_up, down = torch.randn(3, 8, 8).bfloat16(), torch.randn(3, 8, 4).bfloat16()

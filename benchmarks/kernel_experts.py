@@ -127,7 +127,9 @@ def choices() -> list[tuple[dict[str, dict[str, int]], str, list[dict[str, int]]
         (4, 32, 1), (8, 32, 1), (16, 32, 1), (8, 64, 1), (16, 64, 2), (32, 32, 4),
     )  # fmt: skip
     names = "BLOCK_N BLOCK_K num_warps num_stages"
-    forward = tiles(names, (128, 64, 8, 2), (128, 32, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2))
+    forward = tiles(
+        names, (64, 64, 4, 2), (64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2)
+    )
     backward = tiles(names, (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 3))
     linear = tiles(names, (32, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 4), (32, 256, 4, 3))
     return [
@@ -135,7 +137,6 @@ def choices() -> list[tuple[dict[str, dict[str, int]], str, list[dict[str, int]]
         (experts.GEMV_TILES, "down", gemv),
         (experts.GEMV_TILES, "linear", gemv),
         (experts.GEMM_TILES, "linear", linear),
-        (experts.GEMM_TILES, "gate_up", forward),
         (experts.GEMM_TILES, "forward", forward),
         (experts.GEMM_TILES, "backward", backward),
     ]

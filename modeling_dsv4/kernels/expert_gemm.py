@@ -96,27 +96,21 @@ def _columns(x, start, WIDTH, BLOCK: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl
 
 
 @triton.jit
-def _product(
-    x_at, w, s, rows, half_rows, WIDTH, scale_columns,
+def _add_product(
+    acc, w, s, rows, half_rows, start, WIDTH, scale_columns, x_even, x_odd,
     FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """`W[rows] x^T` for rows of pointers [1, M]: [N, M] float32."""
-    # A sum for each: a second product into the first one's would have to wait for it.
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    other = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for start in range(0, WIDTH, BLOCK_K):
-        even, odd = _open(
-            w, s, rows, half_rows, start, WIDTH, scale_columns,
-            FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, True, EVEN, DTYPE, ASM,
-        )  # fmt: skip
-        x_even = _columns(x_at, start, WIDTH, BLOCK_K, EVEN, DTYPE)
-        acc = tl.dot(even, x_even, acc, input_precision="ieee")
-        if FORMAT == FP4:
-            x_odd = _columns(x_at + WIDTH, start, WIDTH, BLOCK_K, EVEN, DTYPE)
-            other = tl.dot(odd, x_odd, other, input_precision="ieee")
-    return acc + other
+    """`acc + W x^T` over BLOCK_K codes: [N, M]."""
+    even, odd = _open(
+        w, s, rows, half_rows, start, WIDTH, scale_columns,
+        FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, True, EVEN, DTYPE, ASM,
+    )  # fmt: skip
+    acc = tl.dot(even, x_even, acc, input_precision="ieee")
+    if FORMAT == FP4:
+        acc = tl.dot(odd, x_odd, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -128,33 +122,35 @@ def gate_up_gemm(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Rows through gate, up and the activation: u [P, F] sorted, and h [P, 2F] to go back with.
-
-    A tile has eight rows of W1, the same eight of W3, and so on: tensor cores leave both numbers
-    of a pair with one thread.
-    """
-    HALF: tl.constexpr = BLOCK_N // 2
-    expert, first, end, block = _place(tiles, tl.cdiv(F, HALF))
+    """Rows through gate, up and the activation: u [P, F] sorted, and h [P, 2F] to go back with."""
+    expert, first, end, block = _place(tiles, tl.cdiv(F, BLOCK_N))
     if expert >= EXPERTS:
         return
     row = first + tl.arange(0, BLOCK_M)
     here = row < end
     pair = tl.load(order + tl.minimum(row, end - 1))
-    place = tl.arange(0, BLOCK_N)
-    f = tl.minimum(block * HALF + place // 16 * 8 + place % 8, F - 1)
-    rows = _weight_row(f, F, SPLIT_ROWS) + place // 8 % 2 * F
+    j = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    keep = j < F
+    rows = _weight_row(tl.minimum(j, F - 1), F, SPLIT_ROWS)
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
     x_at = x + ((pair // TOP_K).to(tl.int64) * x_row)[None, :]
-    acc = _product(
-        x_at, w, s, rows, F, WIDTH, scale_columns,
-        FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, DTYPE, ASM,
-    )  # fmt: skip
-    acc = tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
-    gate, up = tl.split(acc)
-    gate, up = tl.reshape(gate, (HALF, BLOCK_M)), tl.reshape(up, (HALF, BLOCK_M))
-    j = block * HALF + tl.arange(0, HALF)
-    inside = (j < F)[:, None] & here[None, :]
+    gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(0, WIDTH, BLOCK_K):
+        x_even = _columns(x_at, start, WIDTH, BLOCK_K, EVEN, DTYPE)
+        x_odd = x_even
+        if FORMAT == FP4:
+            x_odd = _columns(x_at + WIDTH, start, WIDTH, BLOCK_K, EVEN, DTYPE)
+        gate = _add_product(
+            gate, w, s, rows, F, start, WIDTH, scale_columns, x_even, x_odd,
+            FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, EVEN, DTYPE, ASM,
+        )  # fmt: skip
+        up = _add_product(
+            up, w, s, rows + F, F, start, WIDTH, scale_columns, x_even, x_odd,
+            FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, EVEN, DTYPE, ASM,
+        )  # fmt: skip
+    inside = keep[:, None] & here[None, :]
     wide = row.to(tl.int64)[None, :] * F + j[:, None]
     if SAVE:
         h_at = h + wide + row.to(tl.int64)[None, :] * F
@@ -187,10 +183,17 @@ def linear_gemm(
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
     x_at = x + (tl.minimum(row, end - 1).to(tl.int64) * x_row)[None, :]
-    acc = _product(
-        x_at, w, s, rows, half_rows, WIDTH, scale_columns,
-        FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, DTYPE, ASM,
-    )  # fmt: skip
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(0, WIDTH, BLOCK_K):
+        x_even = _columns(x_at, start, WIDTH, BLOCK_K, EVEN, DTYPE)
+        x_odd = x_even
+        if FORMAT == FP4:
+            x_odd = _columns(x_at + WIDTH, start, WIDTH, BLOCK_K, EVEN, DTYPE)
+        acc = _add_product(
+            acc, w, s, rows, half_rows, start, WIDTH, scale_columns,
+            x_even, x_odd,
+            FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, EVEN, DTYPE, ASM,
+        )  # fmt: skip
     target = row.to(tl.int64)
     if SCATTER:
         target = tl.load(order + row, mask=here, other=0).to(tl.int64)

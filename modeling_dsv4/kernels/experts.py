@@ -30,11 +30,10 @@ GEMV_TILES: dict[str, dict[str, int]] = {
     "down": {"BLOCK_N": 8, "BLOCK_G": 32, "num_warps": 1},
     "linear": {"BLOCK_N": 8, "BLOCK_G": 32, "num_warps": 1},
 }
-# Weight rows and codes of a matrix tile: a warp for each 16 weight rows (backward: codes), or
-# tensor cores' operands would change hands through shared memory.
+# Weight rows and codes of a matrix tile. Four warps by 64: more of either and wgmma's operand, or
+# the sums, would change hands through shared memory.
 GEMM_TILES: dict[str, dict[str, int]] = {
-    "gate_up": {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
-    "forward": {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+    "forward": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
     "backward": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
     "linear": {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
 }
@@ -77,7 +76,7 @@ class Plan(NamedTuple):
     rows: int
 
     def blocks(self, way: str, weight: Weight, run: int = 0) -> dict[str, int]:
-        """Sizes of a tile of GEMM_TILES; "backward" runs over so many rows."""
+        """Sizes of a kernel's tile, "forward" or "backward" over runs of so many rows."""
         tile = GEMM_TILES[way]
         even = weight.width % tile["BLOCK_K"] == 0 and run % tile["BLOCK_N"] == 0
         return {"BLOCK_M": self.rows, "EVEN": even, **tile}
@@ -274,11 +273,11 @@ class _Experts(torch.autograd.Function):
         plan, number, (bound, clamp) = _plan(index, experts), _number_type(x), _limit(limit)
         u = x.new_empty(n * k, f)
         h = x.new_empty(n * k if keep else 0, 2 * f)
-        expert_gemm.gate_up_gemm[plan.grid(2 * f, "gate_up", "BLOCK_N")](
+        expert_gemm.gate_up_gemm[plan.grid(f, "forward", "BLOCK_N")](
             _split(x, gate_up), routing, plan.order, plan.tiles, gate_up.codes, gate_up.scale,
             u, h, experts, f, gate_up.width, gate_up.scale_columns, *gate_up.strides, d, bound,
             TOP_K=k, CLAMP=clamp, SAVE=keep, SPLIT_ROWS=down.split,
-            **gate_up.fixed, **plan.blocks("gate_up", gate_up), **number,
+            **gate_up.fixed, **plan.blocks("forward", gate_up), **number,
         )  # fmt: skip
         y = x.new_empty(n * k, d)
         expert_gemm.linear_gemm[plan.grid(d, "forward", "BLOCK_N")](

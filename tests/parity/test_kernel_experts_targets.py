@@ -52,7 +52,7 @@ def _compile_all() -> list[dict[str, Any]]:
          **experts.GEMV_TILES["gate_up"]},
          (80, 100)),
         (expert_gemm.gate_up_gemm, {"TOP_K": 6, "CLAMP": True, "SAVE": True, "SPLIT_ROWS": True,
-         **number, **experts.GEMM_TILES["gate_up"]}, TARGETS),
+         **number, **experts.GEMM_TILES["forward"]}, TARGETS),
         (expert_gemm.input_grad_gemm, {"TOP_K": 6, "HALVES": 1, "SPLIT_ROWS": False,
          "SCATTER": False, **number, **experts.GEMM_TILES["backward"]}, TARGETS),
     ]  # fmt: skip

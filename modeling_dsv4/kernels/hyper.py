@@ -46,14 +46,14 @@ from .sinkhorn import sinkhorn_backward, sinkhorn_forward
 class Tiles(NamedTuple):
     """Sizes of the programs: tokens, channels, warps, stages of each launch; slices."""
 
-    project: tuple[int, int, int, int] = (64, 64, 4, 4)
-    project_handed: tuple[int, int, int, int] = (64, 64, 4, 4)
-    split: int = 4
+    project: tuple[int, int, int, int] = (64, 64, 4, 3)
+    project_handed: tuple[int, int, int, int] = (64, 64, 4, 3)
+    split: int = 2
     finish: tuple[int, int, int] = (4, 1024, 4)
-    dots: int = 4
+    dots: int = 8
     slopes: int = 32
-    spread: tuple[int, int, int, int] = (64, 64, 8, 2)
-    spread_split: int = 4
+    spread: tuple[int, int, int, int] = (64, 64, 4, 2)
+    spread_split: int = 2
 
 
 @triton.jit

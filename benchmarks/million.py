@@ -10,10 +10,10 @@ Every size is a fresh process: load, a warm-up of 256 tokens, one prefill that k
 the last logits, then greedy decoding. "MiB" is peak resident memory less what was resident before
 the prefill. Linux only: it reads /proc.
 
-The check: for 200 random queries of the last quarter, every index source's kept entries are
-compared with those of a plain computation that scores every entry and sorts. Sources behind the
-last KV source see the end of the prompt only (`Dsv4Model._unread_columns`); of them the queries of
-that end are taken.
+The check: for 200 random late queries, every index source's kept entries, and the blocks of the
+candidate source, are compared with those of a plain computation that scores every entry and sorts.
+Queries are of the last quarter, or of the last 256 tokens where a source behind the last KV source
+sees no more of the prompt (`Dsv4Model._unread_columns`).
 
 The program fails if a promise is broken: 3 hours and 8 GiB a size, memory growth of 2.1x per
 doubling, every checked query equal.
@@ -40,7 +40,7 @@ from rich.table import Table
 
 SIZES, QUICK_SIZES = (1 << 16, 1 << 18, 1 << 20), (1 << 12, 1 << 14)
 MOST_SECONDS, MOST_MIB, MOST_GROWTH = 3 * 3600, 8192, 2.1
-CHECKED, DECODED = 200, 32
+CHECKED, DECODED, END = 200, 32, 256
 
 
 @dataclass
@@ -100,8 +100,13 @@ class Asked:
     position: int
     query: torch.Tensor
     weight: torch.Tensor
-    candidates: torch.Tensor | None
+    inside: torch.Tensor | None  # candidate blocks that restrict the choice
+    blocks: torch.Tensor | None  # candidate blocks that the source itself kept
     kept: set[int] | None  # None: all that is visible
+
+
+def _row(x: torch.Tensor | None, column: int) -> torch.Tensor | None:
+    return None if x is None else x[0, column].clone()
 
 
 class Witness:
@@ -112,7 +117,7 @@ class Witness:
         self.model, self.config = model, model.config
         dice = torch.Generator().manual_seed(2)
         late = tokens - 1 - torch.randperm(tokens // 4, generator=dice)[:CHECKED]
-        last = torch.arange(tokens - 64, tokens)[torch.randperm(64, generator=dice)]
+        last = tokens - 1 - torch.randperm(END, generator=dice)[:CHECKED]
         self.handles = []
         for i in self.config.index_source_layer_ids:
             behind = i >= max(self.config.kv_source_layer_ids)
@@ -128,10 +133,12 @@ class Witness:
             for column in (c for c, p in enumerate(positions) if p in wanted):
                 part = slice(column, column + 1)
                 query, weight = module._queries(x, q_latent, turn, part)
-                inside = None if before.candidates is None else before.candidates[0, column]
+                inside = _row(before.candidates, column)
+                own = layer == self.config.candidate_source_layer_id
+                blocks = _row(chosen.candidates, column) if own else None
                 kept = None if chosen.ids is None else set(chosen.ids[0, column].tolist()) - {-1}
                 self.asked[layer].append(
-                    Asked(positions[column], query.clone(), weight.clone(), inside, kept)
+                    Asked(positions[column], query.clone(), weight.clone(), inside, blocks, kept)
                 )
 
         return listen
@@ -152,8 +159,10 @@ class Witness:
         keys = cache.layers[config.kv_source(layer)].index_keys.data[0, :seen]
         logits = torch.relu(asked.query[0, 0] @ keys.T)  # [I, T]
         scores = asked.weight[0, 0] @ logits
-        if asked.candidates is not None:
-            first = asked.candidates[asked.candidates >= 0].long()[:, None]
+        if asked.blocks is not None and not self._same_blocks(scores, asked.blocks):
+            return False
+        if asked.inside is not None:
+            first = asked.inside[asked.inside >= 0].long()[:, None]
             inside = torch.zeros(seen + config.candidate_block_size, dtype=torch.bool)
             inside[(first + torch.arange(config.candidate_block_size)).flatten()] = True
             scores = scores.masked_fill(~inside[:seen], -torch.inf)
@@ -161,6 +170,14 @@ class Witness:
         best = order[: config.index_topk]
         best = set(best[scores[best] > -torch.inf].tolist())
         return best == (set(range(seen)) if asked.kept is None else asked.kept)
+
+    def _same_blocks(self, scores: torch.Tensor, kept: torch.Tensor) -> bool:
+        """The newest block, and the others in the order of their best entries."""
+        size, most = self.config.candidate_block_size, self.config.candidate_topk_blocks
+        best = torch.stack([block.max() for block in scores.split(size)])
+        best[-1] = torch.inf
+        order = best.sort(descending=True, stable=True).indices[:most] * size
+        return set(order.tolist()) == set(kept.tolist()) - {-1}
 
 
 # --- one size -----------------------------------------------------------------------------------
@@ -182,7 +199,7 @@ def run(shape: str, text: Path, tokens: int, threads: int) -> Run:
     model(ids[:, :WARM_UP], logits_to_keep=1)
     Path("/proc/self/clear_refs").write_text("5")
     before = memory_mib("self/status", "VmRSS")
-    witness, cache = Witness(model, tokens), Dsv4Cache(config)
+    witness, cache = Witness(model, tokens), Dsv4Cache(config, max_rewind=END)
     start = time.perf_counter()
     logits = model(ids, logits_to_keep=1, past_key_values=cache).logits
     prefill = time.perf_counter() - start
@@ -249,13 +266,14 @@ def table_of(runs: list[Run], title: str) -> Table:
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="4k and 16k tokens only.")] = False,
     shape: Annotated[str, typer.Option(help="A file of benchmarks/shapes.")] = "v4-small",
+    most: Annotated[int, typer.Option(help="No size beyond so many tokens.")] = SIZES[-1],
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
     output: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON.")] = None,
 ) -> None:
     """Prefill up to a million tokens, decode behind them, check what the indexers kept."""
     from modeling_dsv4 import Dsv4Config
 
-    sizes = QUICK_SIZES if quick else SIZES
+    sizes = QUICK_SIZES if quick else tuple(size for size in SIZES if size <= most)
     vocab = Dsv4Config.from_json_file(SHAPES / f"{shape}.json").vocab_size
     runs: list[Run] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -49,9 +49,19 @@ def save(cache: Dsv4Cache, path: str | Path, input_ids: torch.Tensor | None) -> 
     facts["ids"] = None if input_ids is None else _digest(cache, input_ids)
     tensors = {f"state.{name}": getattr(state, name) for name in _COUNTERS}
     tensors |= {f"state.entries.{ratio}": count for ratio, count in state.entries.items()}
+    _leave_out_room(cache, state)
     held = ((name, store.held()) for name, store in cache.named_stores())
     tensors |= {name: data for name, data in held if data is not None}
     _write(Path(path), tensors, _architecture(cache.config), facts)
+
+
+def _leave_out_room(cache: Dsv4Cache, state: RowState) -> None:
+    """A step of a static cache reads all its room; a file wants the longest row alone."""
+    for ratio, layer in zip(cache.config.compress_ratios, cache.layers, strict=False):
+        if ratio:
+            longest = max(int(state.entries[ratio].max()), 1)
+            for rows in (layer.entries, layer.index_keys):
+                rows.length = min(rows.length, longest)
 
 
 def load(

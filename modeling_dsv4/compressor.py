@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
-from .cache import Ring
+from .cache_stores import Ring
 from .configuration_dsv4 import Dsv4Config
 from .layers import Float32Linear, RMSNorm
 from .precision import Float32Parameters

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from . import ops
-from .cache import Ring
+from .cache_stores import Ring
 from .configuration_dsv4 import Dsv4Config
 from .engram_hash import DEAD, EngramHash
 from .segments import Segments

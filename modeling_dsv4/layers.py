@@ -29,3 +29,14 @@ class Float32Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(ops.fp32(x), ops.fp32(self.weight))
+
+
+class Float32Head(nn.Linear):
+    """`lm_head`: input and weight in float32, whatever the model's dtype; logits are float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype not in (torch.bfloat16, torch.float16):
+            return F.linear(x.to(self.weight.dtype), self.weight)
+        x = ops.fp32(x)
+        # In blocks of rows: a float32 copy of the whole head would take 2 GB at 129,280 x 4,096.
+        return torch.cat([F.linear(x, rows.float()) for rows in self.weight.split(16384)], dim=-1)

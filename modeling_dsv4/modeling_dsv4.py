@@ -16,25 +16,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.generation import GenerationConfig, GenerationMode
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from . import hyper_ops, ops
+from . import hyper_ops
 from .attention import Dsv4Attention
 from .blocks import Dsv4DecoderLayer, Dsv4DraftStage, Pass
 from .cache import Dsv4Cache
 from .configuration_dsv4 import Dsv4Config
 from .engram import lookup_rows
 from .engram_hash import EngramHash
+from .generating import Dsv4Generation
 from .hyper_connection import HyperHead, first_pre
 from .initialization import init_weights
 from .kernel_choice import set_kernels
-from .layers import RMSNorm
+from .layers import Float32Head, RMSNorm
 from .loading import PretrainedLoading
 from .outputs import Kept, States, Wanted, refuse_unknown
 from .precision import FLOAT32_NAMES
@@ -199,13 +198,15 @@ class Dsv4Model(Dsv4PreTrainedModel):
             TypeError: a keyword that nobody knows.
         """
         refuse_unknown(type(self).forward, kwargs)
+        if last_tokens is not None and last_tokens < 1:
+            raise ValueError(f"last_tokens: wanted at least 1, or None for all, got {last_tokens}")
         want = Wanted.of(self.config, output_hidden_states, output_attentions, output_router_logits)
         x = inputs_embeds if inputs_embeds is not None else input_ids
         if x is None:
             raise ValueError("wanted input_ids or inputs_embeds, got neither")
         cache = self._open_cache(past_key_values, use_cache)
         batch, columns = x.shape[:2]
-        want.check_size(self.config, batch, columns, cache.get_seq_length() if cache else 0)
+        want.check_size(self.config, batch, columns, _columns_read(cache, columns))
         state = cache.begin(batch, x.device, columns) if cache else RowState.empty(batch, x.device)
         if cache and cache.is_static and columns == 1:
             # Numbers of documents have nothing to say about one column.
@@ -221,14 +222,14 @@ class Dsv4Model(Dsv4PreTrainedModel):
             )
         keeps_all = want.anything() or torch.is_grad_enabled()
         step = max(_CHUNK_TOKENS // batch, 1)
-        given = (input_ids, inputs_embeds, token_types, attention_mask)
+        given = (input_ids, inputs_embeds, token_types)
         unread = 0
         if last_tokens is not None and not keeps_all:
             unread = self._unread_columns(columns, last_tokens, cache, attention_mask)
         if (columns > step or unread) and not keeps_all:
             hidden, kept = self._forward_in_chunks(step, unread, segments, cache, given), Kept()
         else:
-            hidden, kept = self._pass(segments, cache, given[:3], want)
+            hidden, kept = self._pass(segments, cache, given, want)
         return MoeModelOutputWithPast(
             last_hidden_state=hidden if last_tokens is None else hidden[:, -last_tokens:],
             past_key_values=cache,
@@ -273,23 +274,13 @@ class Dsv4Model(Dsv4PreTrainedModel):
         columns = next(x.shape[1] for x in given[:2] if x is not None)
         cache = cache or Dsv4Cache(self.config)
         cache.begin(segments.row.shape[0], segments.row.device)
-        # Documents of the whole input as restarts at 0, which a chunk's border cannot hide.
-        continues = segments.start == segments.state.start[:, None]
-        places = torch.where(continues, segments.position, segments.local)
-        places = segments.restore(places, columns)
-        given = (*given[:3], None if given[3] is None else given[3][:, -columns:])
         nothing, hidden = Wanted(None, False, False), []
         for at in (*range(0, unread, step), *range(unread, columns, step)):
             part = slice(at, min(at + step, unread if at < unread else columns))
-            *inputs, mask = (None if x is None else x[:, part] for x in given)
+            inputs = tuple(None if x is None else x[:, part] for x in given)
             assert cache.state is not None
-            some = find_segments(
-                (places.shape[0], part.stop - at),
-                cache.state,
-                attention_mask=mask,
-                position_ids=places[:, part],
-            )
-            out, _ = self._pass(some, cache, tuple(inputs), nothing, stores_only=at < unread)
+            some = segments.part(part.start, part.stop, cache.state)
+            out, _ = self._pass(some, cache, inputs, nothing, stores_only=at < unread)
             if at >= unread:
                 hidden.append(out)
         return torch.cat(hidden, dim=1)
@@ -385,18 +376,16 @@ class Dsv4Model(Dsv4PreTrainedModel):
         return self.norm(hidden), kept
 
 
-class Float32Head(nn.Linear):
-    """`lm_head`: input and weight in float32, whatever the model's dtype; logits are float32."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.dtype not in (torch.bfloat16, torch.float16):
-            return F.linear(x.to(self.weight.dtype), self.weight)
-        x = ops.fp32(x)
-        # In blocks of rows: a float32 copy of the whole head would take 2 GB at 129,280 x 4,096.
-        return torch.cat([F.linear(x, rows.float()) for rows in self.weight.split(16384)], dim=-1)
+def _columns_read(cache: Dsv4Cache | None, columns: int) -> int:
+    """Columns whose entries a pass of so many more may show: a static cache shows all it holds."""
+    if cache is None:
+        return 0
+    if cache.max_length is not None:
+        return cache.max_length - columns
+    return cache.get_seq_length()
 
 
-class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
+class Dsv4ForCausalLM(Dsv4PreTrainedModel, Dsv4Generation, GenerationMixin):
     """The backbone with its language-model head, and the weights of draft heads and vision."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -437,6 +426,10 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
         Returns:
             logits [B, kept, V] float32, the loss where labels are given, the cache.
         """
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(
+                f"logits_to_keep: wanted 0 (all), a number or indices, got {logits_to_keep}"
+            )
         counted = isinstance(logits_to_keep, int) and logits_to_keep > 0
         counted = counted and labels is None and kwargs.get("shift_labels") is None
         outputs = self.model(
@@ -470,66 +463,3 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        *args: Any,
-        inputs_embeds: torch.Tensor | None = None,
-        token_types: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """As transformers does it; embeddings keep their ids, and what is written is text.
-
-        Embeddings are those of the prompt: the first pass reads them, later passes read the ids
-        that were chosen. `token_types` grow with the text.
-        """
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
-        )
-        fed = inputs.get("inputs_embeds")
-        if inputs_embeds is not None and fed is not None and input_ids.shape[1]:
-            if input_ids.shape[1] != inputs_embeds.shape[1]:
-                raise ValueError(
-                    "generate: wanted one id per embedding, or embeddings alone, got "
-                    f"{input_ids.shape[1]} ids for {inputs_embeds.shape[1]} embeddings"
-                )
-            inputs["input_ids"] = input_ids[:, -fed.shape[1] :]
-        if token_types is not None:
-            length, now = input_ids.shape[1], inputs["input_ids"] if fed is None else fed
-            cache = inputs.get("past_key_values")
-            if inputs_embeds is not None and cache is not None:
-                # The prompt may have no ids; the cache has seen it.
-                length = cache.get_seq_length() + now.shape[1]
-            types = F.pad(token_types, (0, length - token_types.shape[1]), value=-1)
-            inputs["token_types"] = types[:, -now.shape[1] :]
-        return inputs
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict,
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Make the model's own cache where `generate` would make a transformers one."""
-        kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic", "static"):
-            raise ValueError(
-                f"cache_implementation={kind!r}: this model has its own cache; wanted dynamic (the "
-                "default) or static, or past_key_values=Dsv4Cache(config)"
-            )
-        given = model_kwargs.get("past_key_values")
-        if given is not None and kind == "static":
-            raise ValueError(
-                "got cache_implementation='static' and past_key_values; pass one of the two, such "
-                "as past_key_values=Dsv4Cache(config, max_length=...)"
-            )
-        if given is None and generation_config.use_cache:
-            # A draft that was looked up in the prompt may be taken back as a whole.
-            drafted = generation_config.prompt_lookup_num_tokens or 0
-            length = max(max_cache_length, generation_config.max_cache_len or 0)
-            model_kwargs["past_key_values"] = Dsv4Cache(
-                self.config, max(64, drafted), max_length=length if kind == "static" else None
-            )

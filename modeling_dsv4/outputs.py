@@ -7,6 +7,7 @@ Attention probabilities are returned as `[B, H, S, keys + entries]`, float32, on
 columns   | window keys, oldest first                   | compressed entries of the layer, in order
 at first  | the S input columns                         | T
 cached    | sliding_window - 1 keys before them, then S | T, those of earlier passes included
+a step of a static cache: the same keys                 | all that the cache has room for
 ```
 
 What a query may not read has probability 0. The sink has no column: a row sums to 1 less its share.

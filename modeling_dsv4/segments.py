@@ -122,6 +122,23 @@ class Segments:
         }
         return RowState(old.seen + self.count, last(self.start, old.start), offset, entries, False)
 
+    def part(self, low: int, high: int, state: RowState) -> Segments:
+        """The tokens of input columns `low` to `high`, as they stand behind `state`."""
+        if self.columns is None:
+            cut = slice(low, high)
+            some = Segments(self.row[:, cut], self.start[:, cut], self.position[:, cut], state)
+            some.fresh = self.fresh and low == 0
+            return some
+        inside = self.valid & (self.columns >= low) & (self.columns < high)
+        before, count = (self.valid & (self.columns < low)).sum(1), inside.sum(1)
+        at = before[:, None] + torch.arange(max(int(count.max()), 1), device=before.device)
+        at = at.clamp(max=self.row.shape[1] - 1)
+        row, start, position = (x.gather(1, at) for x in (self.row, self.start, self.position))
+        some = Segments(row, start, position, state)
+        some.columns = (self.columns.gather(1, at) - low).clamp(0, high - low - 1)
+        some.count = count
+        return some
+
     def pick(self, x: torch.Tensor) -> torch.Tensor:
         """Input columns [B, columns, ...] -> real tokens [B, S, ...]."""
         if self.columns is None:

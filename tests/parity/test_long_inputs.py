@@ -51,9 +51,7 @@ def test_chunks_give_what_one_pass_gives(
     model: Dsv4ForCausalLM, monkeypatch: pytest.MonkeyPatch, case: str, use_cache: bool
 ) -> None:
     inputs = _inputs(case)
-    # Chunks begin each document at 0; where a document stands changes its logits by rounding alone.
-    same = _inputs("packed numbers") if case == "running positions" else inputs
-    whole = model(**same, use_cache=False).logits
+    whole = model(**inputs, use_cache=False).logits
     passes = _count_passes(model, monkeypatch)
     monkeypatch.setattr(modeling_dsv4, "_CHUNK_TOKENS", 2 * 64)
     out = model(**inputs, use_cache=use_cache)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modeling_dsv4 import Dsv4Cache
-from modeling_dsv4.cache import Ring, Rows
+from modeling_dsv4.cache_stores import Ring, Rows
 from modeling_dsv4.segments import RowState, find_segments
 
 EXACT = {"atol": 1e-10, "rtol": 0}

@@ -99,6 +99,34 @@ def test_room_to_grow_is_not_written(model: Any, tmp_path: Path) -> None:
     assert sum(x.nbytes for x in held.values()) < cache.memory_bytes()
 
 
+@pytest.mark.parametrize("storage", ["plain", "packed"])
+@torch.no_grad()
+def test_a_static_cache_is_written_without_its_room_and_goes_on_growing(
+    model: Any, tmp_path: Path, storage: str
+) -> None:
+    sizes, ids = [], _ids(1, 60)
+    caches = [Dsv4Cache(model.config, 20, storage, most) for most in (None, 5000)]
+    for i, cache in enumerate(caches):
+        for part in ids.split([40, *[1] * 20], dim=1):
+            model(part, past_key_values=cache)
+        cache.crop(-3)
+        cache.save(tmp_path / f"{i}")
+        sizes.append((tmp_path / f"{i}").stat().st_size)
+    assert sizes[1] <= sizes[0] * 1.1
+    loaded = Dsv4Cache.load(tmp_path / "1", model.config)
+    more = _ids(1, 9)
+    expected = model(more, past_key_values=caches[1]).logits
+    assert torch.equal(model(more, past_key_values=loaded).logits, expected)
+    assert not loaded.is_static
+
+
+@torch.no_grad()
+def test_a_model_of_another_dtype_refuses_the_cache(tiny: Make, saved: Path) -> None:
+    half = tiny("v41", torch.bfloat16)
+    with pytest.raises(ValueError, match="float32, the model computes in torch.bfloat16"):
+        half(_ids(1, 3), past_key_values=Dsv4Cache.load(saved, half.config))
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     model: Any, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

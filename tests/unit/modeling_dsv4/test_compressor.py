@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from modeling_dsv4.cache import Ring
+from modeling_dsv4.cache_stores import Ring
 from modeling_dsv4.compressor import Compressor
 from modeling_dsv4.segments import RowState, Segments, find_segments
 

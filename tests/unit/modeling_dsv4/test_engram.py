@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling_dsv4 import ops
-from modeling_dsv4.cache import Ring
+from modeling_dsv4.cache_stores import Ring
 from modeling_dsv4.engram import Engram, lookup_rows
 from modeling_dsv4.engram_hash import DEAD, EngramHash
 from modeling_dsv4.segments import RowState, find_segments

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `generate` asks of a model besides its forward pass: inputs of each step, and a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMode
+
+from .cache import Dsv4Cache
+from .configuration_dsv4 import Dsv4Config
+
+# Keywords that number the documents of a packed prompt.
+_NUMBERS = ("seq_idx", "cu_seq_lens_q")
+
+
+class Dsv4Generation(GenerationMixin):
+    """transformers' generation with this model's cache."""
+
+    config: Dsv4Config
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        *args: Any,
+        inputs_embeds: torch.Tensor | None = None,
+        token_types: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As transformers does it; embeddings keep their ids, and what is written is text.
+
+        Embeddings are those of the prompt: the first pass reads them, later passes read the ids
+        that were chosen. `token_types` grow with the text.
+        """
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if any(kwargs.get(name) is not None for name in _NUMBERS):
+            # Numbers of the prompt's documents; what is written goes on with the last of them.
+            if inputs.get("past_key_values") is None:
+                raise ValueError(
+                    f"generate: {' and '.join(_NUMBERS)} number the prompt's tokens, and without a "
+                    "cache each pass reads more than the prompt; leave use_cache on"
+                )
+            if inputs["past_key_values"].get_seq_length():
+                inputs |= dict.fromkeys(_NUMBERS)
+        fed = inputs.get("inputs_embeds")
+        if inputs_embeds is not None and fed is not None and input_ids.shape[1]:
+            if input_ids.shape[1] != inputs_embeds.shape[1]:
+                raise ValueError(
+                    "generate: wanted one id per embedding, or embeddings alone, got "
+                    f"{input_ids.shape[1]} ids for {inputs_embeds.shape[1]} embeddings"
+                )
+            inputs["input_ids"] = input_ids[:, -fed.shape[1] :]
+        if token_types is not None:
+            length, now = input_ids.shape[1], inputs["input_ids"] if fed is None else fed
+            cache = inputs.get("past_key_values")
+            if inputs_embeds is not None and cache is not None:
+                # The prompt may have no ids; the cache has seen it.
+                length = cache.get_seq_length() + now.shape[1]
+            types = F.pad(token_types, (0, length - token_types.shape[1]), value=-1)
+            inputs["token_types"] = types[:, -now.shape[1] :]
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Make the model's own cache where `generate` would make a transformers one."""
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "static"):
+            raise ValueError(
+                f"cache_implementation={kind!r}: this model has its own cache; wanted dynamic (the "
+                "default) or static, or past_key_values=Dsv4Cache(config)"
+            )
+        given = model_kwargs.get("past_key_values")
+        if given is not None and kind == "static":
+            raise ValueError(
+                "got cache_implementation='static' and past_key_values; pass one of the two, such "
+                "as past_key_values=Dsv4Cache(config, max_length=...)"
+            )
+        if given is None and generation_config.use_cache:
+            # A draft that was looked up in the prompt may be taken back as a whole.
+            drafted = generation_config.prompt_lookup_num_tokens or 0
+            length = max(max_cache_length, generation_config.max_cache_len or 0)
+            model_kwargs["past_key_values"] = Dsv4Cache(
+                self.config, max(64, drafted), max_length=length if kind == "static" else None
+            )

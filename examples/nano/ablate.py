@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeling_dsv4 import Dsv4ForCausalLM
+from modeling_dsv4 import Dsv4ForCausalLM, hyper_ops
 from modeling_dsv4.hyper_connection import HyperConnection
 from modeling_dsv4.indexer import Indexer, Selection
 
@@ -49,15 +49,18 @@ def shuffled_engram(model: Dsv4ForCausalLM) -> Iterator[None]:
 
 def identity_mixing(module: HyperConnection, args: Any, output: tuple) -> tuple:
     """Streams keep to themselves: `comb` is the identity."""
-    pre, post, comb = output
-    return pre, post, torch.eye(comb.shape[-1]).expand_as(comb)
+    x, pre, post, comb, streams = output
+    return x, pre, post, torch.eye(comb.shape[-1]).expand_as(comb), streams
 
 
 def plain_residual(module: HyperConnection, args: Any, output: tuple) -> tuple:
     """All of mHC away: read the mean of the streams, add to each, mix nothing."""
-    pre, post, comb = output
+    x, pre, post, comb, streams = output
     n = comb.shape[-1]
-    return torch.full_like(pre, 1 / n), torch.ones_like(post), torch.eye(n).expand_as(comb)
+    mean = torch.full_like(pre, 1 / n)
+    if len(args) < 2 or args[1] is None:  # a site that collapses with its own `pre`
+        x = hyper_ops.collapse(streams, mean)
+    return x, mean, torch.ones_like(post), torch.eye(n).expand_as(comb), streams
 
 
 def newest(module: Indexer, args: tuple, output: Selection) -> Selection:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from modeling_dsv4 import Dsv4ForCausalLM
+from modeling_dsv4 import Dsv4ForCausalLM, ops
 from modeling_dsv4.attention import Dsv4Attention
 from modeling_dsv4.compressor import Compressor
 from modeling_dsv4.indexer import visible
@@ -64,7 +64,8 @@ class IndexTeacher:
             first = segments.windows(module.ratio).position[: self.rows]
             turns_of_keys = rotation(first, module.config, compressed=True)
             self._keys = rotate(indexer.k_norm(indexer.k_proj(self._latents)), turns_of_keys)
-        scores = indexer._scores(x, q_latent, self._keys, turn)
+        query, weight = indexer._queries(x, q_latent, turn, slice(None))
+        scores = ops.index_scores(query, self._keys, weight)
         guess = scores.masked_fill(~seen, -1e9).log_softmax(-1)
         some = seen.any(-1)
         self._losses.append(F.kl_div(guess[some], target[some], reduction="batchmean"))

@@ -200,3 +200,16 @@ def test_a_step_stands_where_any_other_column_stands(positions: Any, pads: Any) 
             assert torch.equal(getattr(found, name)[real], getattr(wanted, name)[real]), name
     x = torch.randn(3, 1, 4)
     assert torch.equal(step.restore(x, 1), x * real[:, None, None])
+
+
+def test_a_step_that_may_not_look_takes_all_positions_but_0_to_continue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = _continued(5, [2])
+    with pytest.raises(ValueError, match="row 0 stands at position 5, got 7"):
+        find_step(state, position_ids=torch.tensor([[7]]))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    step = find_step(state, position_ids=torch.tensor([[7]]))
+    assert step.position.tolist() == [[5]] and step.start.tolist() == [[0]]
+    step = find_step(state, position_ids=torch.tensor([[0]]))
+    assert step.position.tolist() == [[0]] and step.start.tolist() == [[5]]

@@ -5,8 +5,8 @@
     python benchmarks/decode.py --quick    # V4 at 1k tokens; --no-compiled leaves the compiler out
 
 A context is filled by one prefill, then single tokens follow: the median of their wall times. Ours
-run in one process for each shape, where a step is compiled for the first context and once more
-for contexts of any length; transformers' in one for each context, as its prefill's memory grows
+run in one process for each shape, where the step is compiled anew for each context, as its cache
+has another length; transformers' in one for each context, as its prefill's memory grows
 with the square, and a size it would not survive is not started. Weights are those of context.py.
 
 The program fails if ours, the fastest of the three, is less than 5 times as fast as transformers'

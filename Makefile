@@ -55,8 +55,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/context.py
 	$(BIN)/python benchmarks/unread.py
-	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/offload.py
+	$(BIN)/python benchmarks/decode.py
 
 bench-gpu: $(STAMP)
 	set -e; for program in benchmarks/kernel_*.py; do $(BIN)/python $$program; done

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode against context length: a growing cache, a static one, a compiled step, transformers' own.
 
-    python benchmarks/decode.py            # 1k, 8k and 32k tokens, V4 and V4.1; mostly compiling
-    python benchmarks/decode.py --quick    # V4 at 1k tokens; --no-compiled leaves the compiler out
+    python benchmarks/decode.py              # 1k, 8k and 32k tokens, V4 and V4.1
+    python benchmarks/decode.py --quick      # V4 at 1k tokens
+    python benchmarks/decode.py --compiled   # the compiled step too: half an hour of compiling
 
 A context is filled by one prefill, then single tokens follow: the median of their wall times. Ours
 run in one process for each shape, where the step is compiled anew for each context, as its cache
@@ -195,7 +196,7 @@ def broken_promises(found: dict[str, Runs]) -> list[str]:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="v4-small at 1k tokens only.")] = False,
-    compiled: Annotated[bool, typer.Option(help="Also compile the step.")] = True,
+    compiled: Annotated[bool, typer.Option(help="Also compile the step: many minutes.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
     native_limit: Annotated[float, typer.Option(help="GiB that transformers may take.")] = 20,
     output: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON.")] = None,

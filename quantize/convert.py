@@ -24,7 +24,7 @@ from modeling_dsv4.safetensors_file import DTYPES, INDEX, write_file
 
 from .checksums import Checksums, tensor_checksum, write_text
 from .config import METHOD, Recipe
-from .pack import PackWriter, RecordLayout, pack_file_name
+from .pack import PackLayout, PackWriter, RecordLayout, pack_file_name
 from .sizes import format_size
 from .source import ExpertsSource, Source
 
@@ -43,19 +43,22 @@ class Job:
     """
 
     shards: dict[str, dict[str, tuple[str, tuple[int, ...]]]]
-    packs: dict[str, tuple[ExpertsSource, RecordLayout]]
+    packs: dict[str, tuple[ExpertsSource, PackLayout]]
 
     @property
     def nbytes(self) -> int:
         dense = sum(_nbytes(entry) for shard in self.shards.values() for entry in shard.values())
-        return dense + sum(x.num_experts * layout.nbytes for x, layout in self.packs.values())
+        return dense + sum(layout.nbytes for _, layout in self.packs.values())
 
 
 def plan_job(source: Source, recipe: Recipe, max_shard_size: int = DEFAULT_SHARD) -> Job:
     """Lay out the files of a conversion."""
     hidden, width = source.config.hidden_size, source.config.moe_intermediate_size
     packs = {
-        pack_file_name(name): (experts, recipe.layout(name, hidden, width))
+        pack_file_name(name): (
+            experts,
+            PackLayout.build(name, experts.num_experts, hidden, width, recipe.format_of),
+        )
         for name, experts in source.experts.items()
     }
     shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
@@ -102,7 +105,7 @@ def convert(
             sums.add(target / file)
             sums.save(target)
         else:
-            progress(file, experts.num_experts * layout.nbytes)
+            progress(file, layout.nbytes)
     for file, entries in job.shards.items():
         if not sums.has(target / file):
             sums.add(target / file, _write_shard(opened, entries, target / file, progress))
@@ -154,14 +157,14 @@ def _check_space(job: Job, sums: Checksums, target: Path) -> None:
 def _write_pack(
     source: Source,
     experts: ExpertsSource,
-    layout: RecordLayout,
+    layout: PackLayout,
     path: Path,
     progress: Callable[[int], None],
 ) -> None:
-    with PackWriter(path, experts.name, experts.num_experts, layout) as writer:
+    with PackWriter(path, experts.name, layout) as writer:
         for e in range(experts.num_experts):
-            writer.write(encode_expert(source, experts, e, layout))
-            progress(layout.nbytes)
+            writer.write(encode_expert(source, experts, e, layout.of(e)))
+            progress(layout.of(e).nbytes)
 
 
 def encode_expert(
@@ -231,12 +234,13 @@ def quantized_config(config: Dsv4Config, recipe: Recipe, job: Job) -> Dsv4Config
     config = copy.deepcopy(config)
     dense = dict(getattr(config, "quantization_config", None) or {})
     dense.pop("expert_dtype", None)
-    layouts = {json.dumps(layout.to_dict()): layout.to_dict() for _, layout in job.packs.values()}
+    found = dict.fromkeys(layout for _, pack in job.packs.values() for layout in pack.layouts)
+    layouts = [layout.to_dict() for layout in found]
     config.quantization_config = {
         **dense,
         "quant_method": METHOD,
         "recipe": recipe.to_dict(),
-        "packs": list(layouts.values()),
+        "packs": layouts,
     }
     return config
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling_dsv4.formats import get_format
-from quantize.pack import PROJECTIONS, PackFile, PackWriter, RecordLayout
+from quantize.pack import PROJECTIONS, PackFile, PackLayout, PackWriter, RecordLayout
 
 HIDDEN, WIDTH = 64, 32
 MakePack = Callable[..., tuple[PackFile, torch.Tensor]]
@@ -31,7 +31,8 @@ def make_pack(tmp_path: Path, layout: RecordLayout) -> MakePack:
             for _ in range(num_experts)
         ])  # fmt: skip
         path = tmp_path / f"experts-layers-{layer}.safetensors"
-        with PackWriter(path, f"model.layers.{layer}.mlp.experts", num_experts, layout) as writer:
+        name = f"model.layers.{layer}.mlp.experts"
+        with PackWriter(path, name, PackLayout.repeat(layout, num_experts)) as writer:
             for record in records:
                 writer.write(record)
         return PackFile.open(path), records

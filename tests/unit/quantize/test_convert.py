@@ -79,7 +79,7 @@ def test_a_release_keeps_every_byte(golden_dir: Path, tmp_path: Path, case: str)
     for path in target.glob("experts-*.safetensors"):
         pack = PackFile.open(path)
         for e, record in enumerate(pack.read_all()):
-            for projection, parts in pack.layout.decode(record).items():
+            for projection, parts in pack.layout.of(e).decode(record).items():
                 for part, tensor in parts.items():
                     source = wanted[f"{pack.name}.{projection}{part}"][e]
                     assert torch.equal(raw(tensor), raw(source)), (pack.name, projection, part)
@@ -104,7 +104,7 @@ def test_plain_experts_are_rounded_as_the_packer_rounds(tmp_path: Path) -> None:
     records = pack.read_all()
     fp4 = get_format("fp4")
     for e in range(4):
-        parts = pack.layout.decode(records[e])
+        parts = pack.layout.of(e).decode(records[e])
         gate_up = state["model.layers.2.mlp.experts.gate_up_proj"][e].unflatten(0, (2, -1))
         down = state["model.layers.2.mlp.experts.down_proj"][e]
         for projection, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
@@ -129,7 +129,7 @@ def test_experts_in_fp8_blocks_can_become_fp4(tmp_path: Path, release: Path) -> 
     blocks = Recipe("fp8", (("*.mlp.experts.*", "fp8_block128"),))
     target = convert(release, tmp_path / "out", blocks)
     pack = PackFile.open(target / "experts-layers-0.safetensors")
-    parts = pack.layout.decode(pack.read_all()[1])["down_proj"]
+    parts = pack.layout.of(1).decode(pack.read_all()[1])["down_proj"]
     wanted = expected(release, dequantize=True)
     weight = wanted["model.layers.0.mlp.experts.down_proj"][1].float()
     got = get_format("fp8_block128").unpack(parts, torch.float32)

@@ -93,9 +93,10 @@ def convert(
     """Write SRC's routed experts as packs into DST, the rest as it is. Run again to continue."""
     from . import convert as work
     from .config import get_recipe
+    from .source import Source
 
     chosen, shard = get_recipe(recipe), parse_size(max_shard_size)
-    job = work.plan_job(work.Source(source), chosen, shard)
+    job = work.plan_job(Source(source), chosen, shard)
     with _bar(job.nbytes, silent=quiet or as_json) as advance:
         work.convert(source, target, chosen, shard, advance)
     if as_json:

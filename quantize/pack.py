@@ -302,6 +302,14 @@ def read_exactly(path: Path, descriptor: int, view: memoryview, start: int) -> N
         done += got
 
 
+def write_exactly(descriptor: int, view: memoryview | bytes, start: int) -> None:
+    """Write all bytes of a view into an open file from `start` on."""
+    left = memoryview(view)
+    while len(left):
+        count = os.pwrite(descriptor, left, start)
+        left, start = left[count:], start + count
+
+
 def pack_header(name: str, layout: PackLayout) -> bytes:
     """First bytes of a pack, up to its first record."""
     size, count = layout.nbytes, layout.num_experts
@@ -473,5 +481,5 @@ class PackFile:
 
     def damaged_experts(self) -> list[int]:
         """Experts whose bytes do not have the checksum they were written with."""
-        wanted = self.checksums()
-        return [e for e, crc in enumerate(wanted) if zlib.crc32(self.read_record(e).numpy()) != crc]
+        wanted = enumerate(self.checksums())
+        return [e for e, crc in wanted if zlib.crc32(self.read_record(e).numpy().data) != crc]

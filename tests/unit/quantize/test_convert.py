@@ -172,7 +172,7 @@ def test_what_a_killed_run_left_half_written_is_replaced(release: Path, tmp_path
     sums.save(target)
     cut = target / "experts-layers-2.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
-    (target / "experts-layers-1.safetensors.tmp").write_bytes(b"half")
+    (target / "experts-layers-1.safetensors.partial").write_bytes(b"half")
     (target / "config.json").unlink()
     convert(release, target, FP4)
     assert contents(target) == contents(whole)
@@ -310,7 +310,7 @@ def test_missing_and_cut_files_are_found(release: Path, tmp_path: Path) -> None:
 
 def test_a_malformed_checksum_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checksums.json").write_text('{"files": []}')
-    with pytest.raises(ValueError, match=r"checksums.json: not readable"):
+    with pytest.raises(ValueError, match=r"checksums.json: damaged or not readable"):
         Checksums.load(tmp_path)
 
 

@@ -64,6 +64,11 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise _broken(path, f"a header of {length} bytes does not fit its {size} bytes")
         raw = file.read(length)
+    return parse_header(path, raw, size)
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorInfo]:
+    """Check a header's JSON `raw` of a file that has `size` bytes; raises as `read_header` does."""
     try:
         entries = json.loads(raw, object_pairs_hook=_unique)
     except ValueError as error:
@@ -71,7 +76,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     if not isinstance(entries, dict):
         raise _broken(path, "its header is no JSON object")
     entries.pop("__metadata__", None)
-    start = 8 + length
+    start = 8 + len(raw)
     header = {name: _entry(path, name, entry, start) for name, entry in entries.items()}
     position = start
     for name, info in sorted(header.items(), key=lambda item: (item[1].start, item[1].end)):

@@ -28,6 +28,7 @@ from modeling_dsv4.safetensors_file import INDEX
 from .checksums import Checksums, write_text
 from .config import METHOD, Recipe
 from .encode import encode_expert, keeps_bytes
+from .hub import HubOrigin, is_repository
 from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, peak_disk, plan_job
 from .origin import STAGING, LocalOrigin, Origin
 from .pack import PROJECTIONS
@@ -86,7 +87,9 @@ def convert(
     target = Path(target)
     options = options or Options(progress=progress)
     check_target(source, target)
-    if is_complete(target, recipe, max_shard_size) and options.delete_source_shards:
+    gone = options.delete_source_shards or is_repository(source)
+    if gone and is_complete(target, recipe, max_shard_size):
+        shutil.rmtree(target / STAGING, ignore_errors=True)
         return target
     origin = open_origin(source, target, options.delete_source_shards)
     opened = Source(origin)
@@ -132,6 +135,8 @@ def is_complete(target: Path, recipe: Recipe, max_shard_size: int) -> bool:
 
 def open_origin(source: str | Path, target: Path, delete: bool = False) -> Origin:
     """Find out where a source's shards come from."""
+    if is_repository(source):
+        return HubOrigin(str(source), target / STAGING)
     return LocalOrigin(source, target / STAGING, delete)
 
 
@@ -141,6 +146,7 @@ def _open_sums(source: Source, target: Path, recipe: Recipe, max_shard_size: int
         "source": source.fingerprint,
         "recipe": recipe.to_dict(),
         "max_shard_size": max_shard_size,
+        **source.origin.identity,
     }
     sums = Checksums.load(target) if target.exists() else None
     if sums is not None and sums.job != job:

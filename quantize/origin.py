@@ -7,7 +7,7 @@ target's `.source` until the conversion is complete, so that it can continue wit
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from modeling_dsv4.safetensors_file import TensorInfo, read_header, read_index
 
@@ -22,6 +22,7 @@ class Origin(Protocol):
     """A checkpoint's files.
 
     Attributes:
+        name: what it is called in messages.
         directory: where config.json and the tokenizer are.
         headers: {shard: {tensor: place}} of all shards.
         sizes: {shard: bytes}.
@@ -29,11 +30,16 @@ class Origin(Protocol):
         fetched: shards are on this disk only from their first use to their last.
     """
 
+    name: str
     directory: Path
     headers: dict[str, Header]
     sizes: dict[str, int]
     keeps: bool
     fetched: bool
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the conversion says of its source, beside the fingerprint of its headers."""
 
     def prepare(self) -> None:
         """Hear that the conversion begins."""
@@ -46,10 +52,6 @@ class Origin(Protocol):
 
     def release(self, shard: str) -> None:
         """Hear that a shard is needed no longer."""
-
-    @property
-    def name(self) -> str:
-        """What the source is called in messages."""
 
 
 class LocalOrigin:
@@ -67,7 +69,7 @@ class LocalOrigin:
     def __init__(
         self, directory: str | Path, staging: Path | None = None, delete: bool = False
     ) -> None:
-        self.directory = Path(directory)
+        self.name, self.directory = str(directory), Path(directory)
         if not (self.directory / "config.json").is_file():
             raise ValueError(f"{directory}: wanted a directory with config.json, found none")
         kept = read_kept(staging) if staging is not None else None
@@ -81,15 +83,15 @@ class LocalOrigin:
         self.fetched = False
         self._staging = staging
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Nothing: a directory may be moved."""
+        return {}
+
     def prepare(self) -> None:
         """Keep the headers if shards are to go."""
         if self._staging is not None and not self.keeps:
             keep(self._staging, self.headers, self.sizes)
-
-    @property
-    def name(self) -> str:
-        """The directory."""
-        return str(self.directory)
 
     def fetch(self, shard: str) -> Path:
         """Return a shard's path; ValueError if it is absent or has another size than before."""

@@ -2,7 +2,6 @@
 """A conversion keeps bytes, continues where it stopped, and never leaves half a file."""
 
 import json
-import shutil
 from collections import namedtuple
 from pathlib import Path
 
@@ -39,12 +38,6 @@ NATIVE = DeepseekV4Config(
     num_hash_layers=1,
     hc_mult=2,
 )
-
-
-@pytest.fixture
-def release(golden_dir: Path, tmp_path: Path) -> Path:
-    """A tiny official V4 checkpoint, FP8 and FP4, that a test may break."""
-    return Path(shutil.copytree(golden_dir / "v4_a_fp8", tmp_path / "release"))
 
 
 def expected(directory: Path, dequantize: bool = False) -> dict[str, torch.Tensor]:

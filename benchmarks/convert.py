@@ -100,7 +100,8 @@ def _random(pool: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Ten
     if dtype in ("F32", "BF16", "F16"):
         values = pool[torch.arange(count) % pool.numel()].float() / 2560 - 0.05
         return values.to(DTYPES[dtype]).view(shape)
-    raw = pool.repeat(-(-count // pool.numel()))[:count]
+    raw = pool[:count].clone() if count <= pool.numel() else pool.repeat(-(-count // pool.numel()))
+    raw = raw[:count]
     if dtype == "F8_E8M0":
         raw = raw % 5 + 116
     elif dtype == "F8_E4M3":

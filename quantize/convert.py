@@ -30,7 +30,7 @@ from .config import METHOD, Recipe
 from .encode import encode_expert, keeps_bytes
 from .hub import HubOrigin, is_repository
 from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, peak_disk, plan_job
-from .origin import STAGING, LocalOrigin, Origin
+from .origin import STAGING, LocalOrigin
 from .pack import PROJECTIONS
 from .sizes import format_size
 from .source import Source
@@ -86,17 +86,15 @@ def convert(
     """
     target = Path(target)
     options = options or Options(progress=progress)
-    check_target(source, target)
-    gone = options.delete_source_shards or is_repository(source)
-    if gone and is_complete(target, recipe, max_shard_size):
+    deleted = options.delete_source_shards
+    opened = open_source(source, target, recipe, max_shard_size, deleted)
+    if opened is None:
         shutil.rmtree(target / STAGING, ignore_errors=True)
         return target
-    origin = open_origin(source, target, options.delete_source_shards)
-    opened = Source(origin)
     job = plan_job(opened, recipe, max_shard_size)
     sums = _open_sums(opened, target, recipe, max_shard_size)
     _check_space(opened, job, sums, target)
-    origin.prepare()
+    opened.origin.prepare()
     with _full_disk_explained(target):
         files = Target(target, job, sums)
         try:
@@ -109,7 +107,30 @@ def convert(
     return target
 
 
-def check_target(source: str | Path, target: Path) -> None:
+def open_source(
+    source: str | Path, target: Path, recipe: Recipe, max_shard_size: int, delete: bool = False
+) -> Source | None:
+    """Open what is to be converted; None if that is done, and the source gone.
+
+    Args:
+        source: a directory, or OWNER/NAME on the Hub.
+        target, recipe, max_shard_size: as `convert` has them.
+        delete: shards go once they are converted.
+
+    Raises:
+        ValueError: unusable source, a target that holds something else.
+    """
+    _check_target(source, target)
+    remote = is_repository(source)
+    if (delete or remote) and _is_complete(target, recipe, max_shard_size):
+        return None
+    staging = target / STAGING
+    return Source(
+        HubOrigin(str(source), staging) if remote else LocalOrigin(source, staging, delete)
+    )
+
+
+def _check_target(source: str | Path, target: Path) -> None:
     """Refuse a directory that holds something else than a conversion."""
     if not target.exists():
         return
@@ -121,7 +142,7 @@ def check_target(source: str | Path, target: Path) -> None:
         raise ValueError(f"{target}: is not empty; give a new directory, or remove what is there")
 
 
-def is_complete(target: Path, recipe: Recipe, max_shard_size: int) -> bool:
+def _is_complete(target: Path, recipe: Recipe, max_shard_size: int) -> bool:
     """Whether a target holds a finished conversion by this recipe."""
     sums = Checksums.load(target) if target.is_dir() else None
     return (
@@ -131,13 +152,6 @@ def is_complete(target: Path, recipe: Recipe, max_shard_size: int) -> bool:
         and sums.job["max_shard_size"] == max_shard_size
         and all(sums.has(target / name) for name in sums.files)
     )
-
-
-def open_origin(source: str | Path, target: Path, delete: bool = False) -> Origin:
-    """Find out where a source's shards come from."""
-    if is_repository(source):
-        return HubOrigin(str(source), target / STAGING)
-    return LocalOrigin(source, target / STAGING, delete)
 
 
 def _open_sums(source: Source, target: Path, recipe: Recipe, max_shard_size: int) -> Checksums:
@@ -338,4 +352,4 @@ def _full_disk_explained(target: Path) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["Options", "convert", "plan_job", "quantized_config"]
+__all__ = ["Options", "convert", "open_source", "plan_job", "quantized_config"]

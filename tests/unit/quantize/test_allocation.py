@@ -72,7 +72,7 @@ def test_a_step_too_large_does_not_stop_smaller_ones() -> None:
 
 
 def test_a_budget_below_the_smallest_formats_is_refused() -> None:
-    with pytest.raises(ValueError, match="wanted a budget of at least 12 B .* got 11 B"):
+    with pytest.raises(ValueError, match=r"wanted a budget of at least 12 B .* got 11 B"):
         allocate([[1.0], [1.0]], [[4], [8]], 11)
 
 

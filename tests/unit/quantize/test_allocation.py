@@ -67,7 +67,7 @@ def test_options_that_no_budget_wants_are_never_chosen() -> None:
 
 
 def test_a_step_too_large_does_not_stop_smaller_ones() -> None:
-    errors, sizes = [[10.0, 0.0], [1.0, 0.5]], [[1, 100], [1, 3]]
+    errors, sizes = [[100.0, 0.0], [1.0, 0.5]], [[1, 100], [1, 3]]
     assert allocate(errors, sizes, 10) == [0, 1]
 
 

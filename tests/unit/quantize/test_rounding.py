@@ -33,6 +33,14 @@ def test_correlated_inputs_lose_less_than_half(name: str) -> None:
     assert with_ < without / 2.5
 
 
+@pytest.mark.parametrize("name", ["int3", "trellis3"])
+def test_errors_are_made_up_for_far_away(name: str) -> None:
+    # Each input is most like those 64 and more columns away.
+    order = torch.arange(256).view(64, 4).T.flatten()
+    with_, without = errors(name, torch.randn(48, 256), correlated(256)[order][:, order])
+    assert with_ < without / 2
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_inputs_of_different_size_lose_less(name: str) -> None:
     second = torch.randn(256).exp().square()

@@ -9,6 +9,7 @@ import torch
 
 import quantize  # noqa: F401
 from modeling_dsv4.formats import get_format, hadamard
+from quantize.bits import unpack_bits
 from quantize.trellis import Trellis, rotate, viterbi, windows
 
 # Squared error on a Gaussian, found with other numbers than the tables were made from. No code can
@@ -88,6 +89,20 @@ def test_what_a_stream_stands_for_is_found_again(bits: int) -> None:
     found = trellis.search(y, trellis.table(y.device))
     # Two windows may hold one pair, so values are compared and not codes.
     assert torch.equal(trellis.values(found), y)
+
+
+def test_a_scale_is_the_best_for_its_codes() -> None:
+    trellis, y = Trellis(4), torch.randn(40, 64) * 1.3
+    codes = trellis.search(y, trellis.table(y.device))
+    q = trellis.values(codes)
+    gain = trellis.gain(codes, y)
+    torch.testing.assert_close(((y - gain * q) * q).sum(-1), torch.zeros(40), rtol=0, atol=1e-3)
+    # Rows far from Gaussian: what packing stores is the scale of the codes, not of the row.
+    w = torch.randn(16, 32).pow(3)
+    parts = trellis.pack(w)
+    q = trellis.values(unpack_bits(parts[""], 4))
+    best = (q * rotate(w)).sum(-1, keepdim=True) / q.square().sum(-1, keepdim=True)
+    torch.testing.assert_close(parts["_scale"].float(), best, rtol=2**-8, atol=0)
 
 
 def test_windows_reach_back_ten_bits_and_start_at_zero() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dsv4-quantize`: plan, convert, verify."""
+"""`dsv4-quantize`: plan, convert, verify, export."""
 
 import json
 import sys
@@ -156,6 +156,26 @@ def verify(
         raise ValueError(f"{directory}: {len(found)} damaged; convert again into a new directory")
     if not quiet and not as_json:
         Console().print(f"{directory}: {len(sums.files)} files are as they were written")
+
+
+@app.command(epilog="Example: dsv4-quantize export flash-fp4 flash --format official")
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DST", help="A converted directory.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New directory.")],
+    layout: Annotated[str, typer.Option("--format", help="official")] = "official",
+    max_shard_size: Annotated[str, typer.Option(help="Size of files.")] = "5GB",
+    quiet: Quiet = False,
+) -> None:
+    """Write DST in another layout: official is the release's, bit for bit for fp4."""
+    from .export import Converted, export_official
+
+    if layout != "official":
+        raise typer.BadParameter(f"wanted official, got {layout!r}", param_hint="--format")
+    total = sum(
+        path.stat().st_size for path in Converted(directory).directory.glob("*.safetensors")
+    )
+    with _bar(total, quiet) as (advance, _):
+        export_official(directory, output, parse_size(max_shard_size), advance)
 
 
 def main() -> None:

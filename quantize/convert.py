@@ -33,7 +33,7 @@ from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, peak_disk, pl
 from .origin import STAGING, LocalOrigin
 from .pack import PROJECTIONS
 from .sizes import format_size
-from .source import Source
+from .source import Source, small_files
 from .target import Target, sync_directory
 
 Progress = Callable[[str, int], None]
@@ -310,7 +310,7 @@ def _write_small_files(
     total = sum(entry_bytes(entry) for entries in job.shards.values() for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_text(target / INDEX, json.dumps(index, indent=1))
-    for path in source.beside():
+    for path in small_files(source.directory):
         beside = target / f"{path.name}.tmp"
         shutil.copyfile(path, beside)
         beside.replace(target / path.name)

@@ -161,28 +161,35 @@ def verify(
 @app.command(epilog="Example: dsv4-quantize export flash-fp4 flash --format official")
 def export(
     directory: Annotated[Path, typer.Argument(metavar="DST", help="A converted directory.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="New directory.")],
-    layout: Annotated[str, typer.Option("--format", help="official")] = "official",
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New directory, or GGUF file.")],
+    layout: Annotated[str, typer.Option("--format", help="official or gguf")] = "official",
     max_shard_size: Annotated[str, typer.Option(help="Size of files.")] = "5GB",
     quiet: Quiet = False,
 ) -> None:
-    """Write DST in another layout: official is the release's, bit for bit for fp4."""
-    from .export import Converted, export_official
+    """Write DST in another layout: official is the release's, bit for bit; gguf is for llama.cpp.
 
-    if layout != "official":
-        raise typer.BadParameter(f"wanted official, got {layout!r}", param_hint="--format")
+    Both want experts in fp4. What of gguf is checked stands in docs/quantization.md.
+    """
+    from .export import Converted, export_official
+    from .gguf_export import export_gguf
+
+    if layout not in ("official", "gguf"):
+        raise typer.BadParameter(f"wanted official or gguf, got {layout!r}", param_hint="--format")
     total = sum(
         path.stat().st_size for path in Converted(directory).directory.glob("*.safetensors")
     )
     with _bar(total, quiet) as (advance, _):
-        export_official(directory, output, parse_size(max_shard_size), advance)
+        if layout == "gguf":
+            export_gguf(directory, output, advance)
+        else:
+            export_official(directory, output, parse_size(max_shard_size), advance)
 
 
 def main() -> None:
     """Run the program: exit 0 on success, 1 with one line on failure, 2 on wrong usage."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         reason = " ".join(str(error).split())
         _errors.print(f"dsv4-quantize: {reason}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)

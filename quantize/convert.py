@@ -278,9 +278,12 @@ def count_workers(source: Source, job: Job) -> int:
         for layout in pack.layouts
         for projection in PROJECTIONS
     )
+    cores = len(os.sched_getaffinity(0))
+    if not rounds:
+        # Copying waits for the disk, which two threads a core keep busy.
+        return 2 * cores
     matrix = 4 * source.config.hidden_size * source.config.moe_intermediate_size
-    fit = _ROUNDING_MEMORY // (_COPIES * matrix) if rounds else 64
-    return max(1, min(len(os.sched_getaffinity(0)), fit))
+    return max(1, min(cores, _ROUNDING_MEMORY // (_COPIES * matrix)))
 
 
 class _Told:

@@ -201,3 +201,6 @@ def test_export_gives_the_release_back(run, release: Path, tmp_path: Path) -> No
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config == json.loads((release / "config.json").read_text())
     assert run("export", tmp_path / "out", tmp_path / "other", "--format", "onnx")[0] == 2
+    file = tmp_path / "model.gguf"
+    assert run("export", tmp_path / "out", file, "--format", "gguf", "--quiet") == (0, "", "")
+    assert file.read_bytes().startswith(b"GGUF")

@@ -5,8 +5,18 @@ Importing it makes `from_pretrained` load converted models.
 """
 
 from .config import RECIPES, Dsv4QuantizationConfig, Recipe, get_recipe
+from .grids import INT2, INT3, INT4
 from .hf_quantizer import Dsv4Quantizer, register
 
 register()
 
-__all__ = ["RECIPES", "Dsv4QuantizationConfig", "Dsv4Quantizer", "Recipe", "get_recipe"]
+__all__ = [
+    "INT2",
+    "INT3",
+    "INT4",
+    "RECIPES",
+    "Dsv4QuantizationConfig",
+    "Dsv4Quantizer",
+    "Recipe",
+    "get_recipe",
+]

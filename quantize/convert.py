@@ -39,9 +39,10 @@ from .target import Target, sync_directory
 Progress = Callable[[str, int], None]
 # Of a dense tensor, what is in memory at a time.
 _PIECE = 1 << 23
-# What the matrices that are being rounded may take, and how often rounding holds one in float32.
+# What rounding may take; how often it holds a projection, and a matrix of moments, in float32.
 _ROUNDING_MEMORY = 2 * 2**30
-_COPIES = 10
+_COPIES = 8
+_MOMENTS = 6
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ def _make(source: Source, target: Target, item: Item, told: "_Told") -> int:
     return crc
 
 
-def count_workers(source: Source, job: Job) -> int:
+def count_workers(source: Source, job: Job, calibrated: bool = False) -> int:
     """Items to make at a time: all cores, unless rounding would take too much memory."""
     rounds = any(
         not keeps_bytes(experts, layout, projection)
@@ -282,8 +283,11 @@ def count_workers(source: Source, job: Job) -> int:
     if not rounds:
         # Copying waits for the disk, which two threads a core keep busy.
         return 2 * cores
-    matrix = 4 * source.config.hidden_size * source.config.moe_intermediate_size
-    return max(1, min(cores, _ROUNDING_MEMORY // (_COPIES * matrix)))
+    hidden, width = source.config.hidden_size, source.config.moe_intermediate_size
+    taken = _COPIES * 4 * 2 * hidden * width
+    if calibrated:
+        taken += _MOMENTS * 4 * max(hidden, width) ** 2
+    return max(1, min(cores, _ROUNDING_MEMORY // taken))
 
 
 class _Told:

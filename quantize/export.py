@@ -82,7 +82,7 @@ class Converted:
         """The configuration as of a release whose experts are in the format `experts`."""
         config = copy.deepcopy(self.config)
         stored = dict(config.quantization_config)
-        for key in ("recipe", "packs"):
+        for key in ("recipe", "packs", "calibrated"):
             stored.pop(key, None)
         stored["quant_method"] = "dsv4_release"
         # Releases with FP8 experts do not say so.

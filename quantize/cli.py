@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dsv4-quantize`: plan, convert, verify, export."""
+"""`dsv4-quantize`: plan, convert, verify, report, export."""
 
 import json
 import sys
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
@@ -174,6 +175,42 @@ def verify(
         Console().print(f"{directory}: {len(sums.files)} files are as they were written")
 
 
+@app.command(epilog="Example: dsv4-quantize report DeepSeek-V4-Flash flash-q2 --text prose.txt")
+def report(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="The model to compare with.")],
+    targets: Annotated[list[Path], typer.Argument(metavar="DST...", help="Made from SRC.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text, or token rows as safetensors.")],
+    output: Annotated[Path, typer.Option(help="Folder for report.json and the plot.")],
+    rows: Annotated[int, typer.Option(help="Rows of tokens at most; 0 is the whole text.")] = 0,
+    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    layer_rows: Annotated[int, typer.Option(help="Rows on which layers are compared.")] = 1,
+    expert_memory: Annotated[str, typer.Option(help="Resident experts of a DST.")] = "",
+    space: Annotated[str, typer.Option(help="Disk that SRC's logits may take meanwhile.")] = "8GB",
+    with_plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw it.")] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare the predictions of each DST with SRC's: divergence, agreement, layers, bits."""
+    from . import report as work
+
+    if with_plot:
+        work.import_pyplot()
+    output.mkdir(parents=True, exist_ok=True)
+    ids = work.read_rows(text, source, length, rows or None)
+    passes = 2 + len(targets)
+    with _bar(passes * ids.numel(), silent=quiet or as_json, unit="tokens") as (advance, _):
+        found = work.report(
+            source, targets, text, length=length, rows=rows or None, layer_rows=layer_rows,
+            expert_memory=expert_memory or None, space=parse_size(space), work=output,
+            progress=advance,
+        )  # fmt: skip
+    work.write(found, output, with_plot)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    elif not quiet:
+        Console().print(*work.tables(found))
+
+
 @app.command(epilog="Example: dsv4-quantize export flash-fp4 flash --format official")
 def export(
     directory: Annotated[Path, typer.Argument(metavar="DST", help="A converted directory.")],
@@ -215,8 +252,8 @@ def main() -> None:
 
 
 @contextmanager
-def _bar(total: int, silent: bool) -> Any:
-    """Give callbacks for (file, bytes) and for the error: a bar on a terminal, else lines."""
+def _bar(total: int, silent: bool, unit: str = "bytes") -> Any:
+    """Give callbacks for (name, done) and for the error: a bar on a terminal, else lines."""
     if silent:
         yield None, None
         return
@@ -224,14 +261,11 @@ def _bar(total: int, silent: bool) -> Any:
     if not console.is_terminal:
         yield _line_per_file(console), None
         return
+    size = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    error = TextColumn("{task.fields[error]}")
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[error]}"),
-    )
+        TextColumn("{task.description}"), BarColumn(), *size, TimeRemainingColumn(), error,
+    )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total, error="")
         yield (

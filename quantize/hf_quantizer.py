@@ -119,9 +119,13 @@ def attach(model: nn.Module, packs: list[PackFile], expert_memory: int | None = 
 
 
 def _device(model: nn.Module, path: str) -> torch.device:
-    """Where the rest of an experts module's layer is."""
+    """Where the rest of an experts module's layer is, or computes if its weights lie on disk."""
     layer = model.get_submodule(path.rpartition(".")[0])
-    return next(layer.parameters()).device
+    here = next(layer.parameters()).device
+    hooks = (getattr(m, "_hf_hook", None) for m in layer.modules())
+    works_on = (getattr(hook, "execution_device", None) for hook in hooks)
+    found = next((d for d in works_on if d is not None), here) if here.type == "meta" else here
+    return torch.device(found)
 
 
 def _check_engram(model: nn.Module, engram_memory: int | None) -> None:

@@ -36,7 +36,7 @@ def release(golden_dir: Path) -> Path:
     return golden_dir / "v4_a_fp8"
 
 
-@pytest.mark.parametrize("command", ["plan", "convert", "verify", "export"])
+@pytest.mark.parametrize("command", ["plan", "convert", "verify", "report", "export"])
 def test_every_command_helps_with_an_example(run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0

@@ -63,7 +63,9 @@ def test_chunks_give_what_one_pass_gives(
         assert out.past_key_values.get_seq_length() == 190
 
 
-def _count_passes(model: Dsv4ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+def _count_passes(
+    model: Dsv4ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], int]:
     calls = []
     one = model.model._pass
     monkeypatch.setattr(model.model, "_pass", lambda *a, **k: (calls.append(1), one(*a, **k))[1])

@@ -67,7 +67,9 @@ def test_one_token_less_would_show(tiny: Make, monkeypatch: pytest.MonkeyPatch) 
 
 
 @torch.no_grad()
-def test_the_window_of_the_last_source_is_kept(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_window_of_the_last_source_is_kept(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = _ids(240)
     cache = Dsv4Cache(model.config, max_rewind=0)
     store = cache.layers[LAST_SOURCE[model.kind]].window

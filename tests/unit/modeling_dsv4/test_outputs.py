@@ -208,7 +208,9 @@ def test_sinks_that_learn_are_computed_plainly_and_frozen_ones_fused(
 ) -> None:
     model, ids, calls = tiny("window").train(), _ids(1, 9), []
     fused = ops.fused_sink_attention
-    monkeypatch.setattr(ops, "fused_sink_attention", lambda *a: (calls.append(1), fused(*a))[1])
+    monkeypatch.setattr(
+        ops, "fused_sink_attention", lambda *a: (calls.append(1), fused(*a))[1]
+    )
     model(ids, labels=ids).loss.backward()
     assert not calls and model.model.layers[0].self_attn.sinks.grad is not None
     model.model.layers[0].self_attn.sinks.requires_grad_(False)

@@ -101,7 +101,9 @@ def test_real_and_complex_products_are_the_same_number(dtype: torch.dtype, back:
     close = {"atol": 1e-6, "rtol": 0}
     torch.testing.assert_close(*results, **close)
     seed = torch.randn_like(pairs)
-    torch.testing.assert_close(*(torch.autograd.grad(y, pairs, seed)[0] for y in results), **close)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y, pairs, seed)[0] for y in results), **close
+    )
 
 
 def test_half_precision_is_turned_in_float32_and_rounded_once(tiny_config: Callable) -> None:

@@ -21,6 +21,7 @@ from .pack import PackFile, pack_file_name
 from .source import small_files
 
 Progress = Callable[[str, int], None]
+_FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 
 
 class Converted:
@@ -49,9 +50,17 @@ class Converted:
         self._packs: dict[str, PackFile] = {}
         self._record: tuple[str, int, torch.Tensor] | None = None
 
-    def dense(self, name: str) -> torch.Tensor:
-        """A tensor that is in no pack, mapped from its file."""
-        return self._shards.get(name)
+    def dense(self, piece: Piece) -> torch.Tensor:
+        """A tensor that is in no pack, mapped from its file; ValueError if a recipe changed it."""
+        info = self._shards.info.get(piece.ours)
+        plain = info is not None and {info.dtype, piece.dtype} <= _FLOATS
+        if info is None or info.shape != piece.shape or not (info.dtype == piece.dtype or plain):
+            raise ValueError(
+                f"{piece.ours}: wanted {piece.dtype} {list(piece.shape)} as in a release, got "
+                f"{'nothing' if info is None else f'{info.dtype} {list(info.shape)}'}; what a "
+                "recipe changed does not come back, convert by fp4"
+            )
+        return self._shards.get(piece.ours)
 
     def pack(self, module: str) -> PackFile:
         """The pack of an experts module, opened once."""
@@ -171,7 +180,7 @@ def _fill_shards(wanted: dict[str, Piece], limit: int) -> list[list[str]]:
 def _official_tensor(model: Converted, piece: Piece) -> torch.Tensor:
     """A tensor as the release stores it."""
     if piece.expert is None:
-        tensor = model.dense(piece.ours)
+        tensor = model.dense(piece)
     else:
         module, _, part = piece.ours.rpartition(".")
         projection = "gate_up_proj" if part.startswith("gate_up_proj") else "down_proj"

@@ -7,7 +7,7 @@ is rounded: FP4 experts become MXFP4 blocks with the same codes and scales, FP8 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -247,6 +247,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
 def _tensors(model: Converted, gguf: Any) -> Iterator[tuple[str, tuple[int, ...], int, Streamed]]:
     """Yield (name, shape, type, data) of every tensor that is written."""
     types = gguf.GGMLQuantizationType
+    scales = {piece.ours: piece for piece in model.pieces() if piece.is_scale}
     for piece in model.pieces():
         if piece.is_scale or piece.expert not in (None, 0):
             continue
@@ -265,7 +266,7 @@ def _tensors(model: Converted, gguf: Any) -> Iterator[tuple[str, tuple[int, ...]
         dtype = _dense_type(piece, name)
         size = torch.Size(piece.shape).numel() * dtype.itemsize
         kind = {torch.bfloat16: types.BF16, torch.float32: types.F32, torch.int32: types.I32}[dtype]
-        yield name, piece.shape, kind, Streamed(size, _dense(model, piece, dtype))
+        yield name, piece.shape, kind, Streamed(size, _dense(model, piece, dtype, scales))
 
 
 def _dense_type(piece: Piece, name: str) -> torch.dtype:
@@ -289,13 +290,13 @@ def _experts(
 
 
 def _dense(
-    model: Converted, piece: Piece, dtype: torch.dtype
+    model: Converted, piece: Piece, dtype: torch.dtype, scales: Mapping[str, Piece]
 ) -> Callable[[], Iterator["np.ndarray"]]:
     def pieces() -> Iterator["np.ndarray"]:
-        tensor = model.dense(piece.ours)
+        tensor = model.dense(piece)
         if piece.kind == "fp8":
             (block, _) = model.config.quantization_config["weight_block_size"]
-            parts = {"": tensor, "_scale": model.dense(f"{piece.ours}_scale_inv")}
+            parts = {"": tensor, "_scale": model.dense(scales[f"{piece.ours}_scale_inv"])}
             tensor = fp8_block_format(block).unpack(parts, torch.float32)
         converted = tensor.to(dtype)
         if not torch.equal(converted.to(torch.float64), tensor.to(torch.float64)):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quantize.config import Recipe, get_recipe
 from quantize.convert import convert
@@ -66,3 +66,16 @@ def test_a_release_or_a_full_directory_is_refused(release: Path, tmp_path: Path)
     target = convert(release, tmp_path / "out", FP4)
     with pytest.raises(ValueError, match="wanted a new or empty directory"):
         export_official(target, target)
+
+
+def test_a_dense_tensor_in_another_format_is_not_taken_for_its_numbers(
+    release: Path, tmp_path: Path
+) -> None:
+    target = convert(release, tmp_path / "out", FP4)
+    (shard,) = target.glob("model-*.safetensors")
+    tensors = load_file(shard)
+    name = "model.embed_tokens.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, shard)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight: wanted BF16 .*, got F8_E4M3"):
+        export_official(target, tmp_path / "back")

@@ -29,7 +29,7 @@ from .cache_storage import (
     entry_codec,
     key_codec,
 )
-from .cache_stores import CodedRows, Ring, Rows
+from .cache_stores import CodedRows, DraftRings, Ring, Rows
 from .configuration_dsv4 import Dsv4Config
 from .segments import RowState, Segments
 
@@ -105,6 +105,7 @@ class Dsv4Cache(Cache):
         self.offloading = False
         self.max_rewind = max_rewind
         self.ngrams = Ring(max(config.engram_max_ngram_size - 1, 1) + max_rewind)
+        self.drafts = DraftRings(config, max_rewind)
         self.ratios = sorted({r for r in config.compress_ratios if r})
         self.state: RowState | None = None
         self.columns = 0
@@ -291,6 +292,7 @@ class Dsv4Cache(Cache):
             s, at = self.state, indices.to(self.state.seen.device)
             entries = {w: n[at] for w, n in s.entries.items()}
             self._keep(RowState(s.seen[at], s.start[at], s.offset[at], entries, s.blank))
+        self.drafts.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, in place."""
@@ -350,6 +352,7 @@ class Dsv4Cache(Cache):
             for name, store in layer.stores().items():
                 yield f"layers.{i}.{name}", store
         yield "ngrams", self.ngrams
+        yield from self.drafts.named()
 
 
 def _unbroken(segments: Segments, state: RowState, columns: int) -> int:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import hyper_ops

@@ -140,6 +140,7 @@ class Rows:
     def restore(self, data: torch.Tensor) -> None:
         """Take what `held` gave."""
         self.data, self.length = data, data.shape[1]
+
     def _put(
         self,
         new: torch.Tensor,

@@ -31,6 +31,7 @@ from . import hyper_ops
 from .blocks import Dsv4DecoderLayer, Pass
 from .cache_stores import DraftRings, Ring
 from .configuration_dsv4 import Dsv4Config
+from .draft_plan import DraftCounts
 from .hyper_connection import HyperHead, first_pre
 from .layers import Float32Linear, RMSNorm
 from .rotary import rotation
@@ -153,6 +154,7 @@ class Dsv4DraftHead(nn.ModuleList):
     def __init__(self, config: Dsv4Config) -> None:
         super().__init__(Dsv4DraftStage(config, i) for i in range(config.num_draft_layers))
         self.config = config
+        self.counts = DraftCounts()  # of all calls of `generate` together
         targets = config.dspark_target_layer_ids or ()
         # Numbers of the streams to read: i enters layer i and leaves layer i - 1.
         self.points = tuple(i + bool(config.dspark_reads_outputs) for i in targets)

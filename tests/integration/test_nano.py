@@ -158,7 +158,7 @@ def test_every_epoch_reads_other_rows_of_the_same_text() -> None:
 
 
 def test_balancing_raises_the_bias_of_an_idle_expert(shipped: Dsv4ForCausalLM) -> None:
-    balance = train.Balance(shipped)
+    balance = train.Balance(shipped.model.layers)
     gate, counts = balance.gates[0], balance.counts[0]
     before = gate.e_score_correction_bias.clone()
     for c in balance.counts:

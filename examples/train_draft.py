@@ -50,7 +50,8 @@ def train(
             progress.update(task, advance=1, description=text)
             if step.number == stop:
                 break
-    return model, steps, measure(model, corpus)
+    texts = {name: domain.held_out for name, domain in corpus.domains.items()}
+    return model, steps, measure(model, texts)
 
 
 def main() -> None:

@@ -181,6 +181,8 @@ class Drafter:
             count, more = accept_samples(draft.tokens, guessed, scores.softmax(-1))
         else:
             count, more = accept_greedy(draft.tokens, scores)
+        rows = torch.tensor(self.texts.open, device=count.device)
+        self.plan.observe(draft.confidence.float().sigmoid()[rows], count[rows])
         return self._write(draft.tokens, count, more)
 
     def _propose(self, token: torch.Tensor) -> tuple[Draft, torch.Tensor]:

@@ -3,7 +3,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from modeling_dsv4 import Dsv4ForCausalLM
 from modeling_dsv4.draft_training import draft_loss
+from modeling_dsv4.precision import FLOAT32_NAMES
 
 from .data import PAD, Corpus
 from .optim import Muon, schedule
@@ -134,14 +135,16 @@ def train_head(model: Dsv4ForCausalLM, corpus: Corpus, recipe: DraftRecipe) -> I
 
 
 @torch.no_grad()
-def measure(model: Dsv4ForCausalLM, corpus: Corpus, rows: int = 16) -> dict[str, Any]:
+def measure(
+    model: Dsv4ForCausalLM, held_out: Mapping[str, np.ndarray], rows: int = 16
+) -> dict[str, Any]:
     """What the head guesses on the first held-out rows of each domain, blocks at fixed columns.
 
     Guesses are made behind the true text, and compared with what the backbone prefers there.
     """
     found = {}
-    for name, domain in corpus.domains.items():
-        ids = torch.from_numpy(domain.held_out[:rows].astype(np.int64))
+    for name, texts in held_out.items():
+        ids = torch.from_numpy(texts[:rows].astype(np.int64))
         anchors = torch.arange(40, ids.shape[1] - SHAPE["dspark_block_size"], 8)
         parts = [draft_loss(model, part, anchors) for part in ids.split(4)]
         found[name] = {
@@ -160,8 +163,12 @@ def write_head(model: Dsv4ForCausalLM, folder: Path, found: dict[str, Any]) -> N
     one = folder / "model.safetensors"
     if one.exists():
         one.rename(folder / MAIN)
-    model = model.to(torch.bfloat16)
-    head = {k: v.contiguous() for k, v in model.state_dict().items() if k.startswith("mtp.")}
+    wide = {n for n in model.state_dict() if set(n.split(".")) & set(FLOAT32_NAMES)}
+    head = {
+        k: (v if k in wide else v.to(torch.bfloat16)).contiguous()
+        for k, v in model.state_dict().items()
+        if k.startswith("mtp.")
+    }
     save_file(head, folder / HEAD, metadata={"format": "pt"})
     shards = {name: load_file(folder / name) for name in (MAIN, HEAD)}
     index = {

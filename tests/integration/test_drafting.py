@@ -34,6 +34,12 @@ def model(request: pytest.FixtureRequest, tiny: Make) -> Any:
     return _quiet(tiny(kind, torch.float64, **head))
 
 
+@pytest.fixture(scope="module")
+def dspark(tiny: Make) -> Any:
+    kind, head = HEADS["v41-dspark"]
+    return _quiet(tiny(kind, torch.float64, **head))
+
+
 def _quiet(model: Any) -> Any:
     model.generation_config.pad_token_id = 2
     model.generation_config.eos_token_id = None
@@ -167,46 +173,46 @@ def test_samples_have_the_distribution_of_plain_sampling(tiny: Make) -> None:
     assert torch.special.gammaincc(torch.tensor(31.5).double(), chi / 2) > 1e-3
 
 
-def test_processors_see_the_row_they_work_on(model: Any, clairvoyant: list[torch.Tensor]) -> None:
+def test_processors_see_the_row_they_work_on(dspark: Any, clairvoyant: list[torch.Tensor]) -> None:
     ids, mask = _ids(20, batch=2), torch.ones(2, 20, dtype=torch.long)
     mask[1, :6] = 0
     more = {"attention_mask": mask, "repetition_penalty": 1.7, "no_repeat_ngram_size": 2}
-    expected = _write(model, ids, **more).sequences
+    expected = _write(dspark, ids, **more).sequences
     clairvoyant += [expected, mask.sum(1) + NEW]
-    assert torch.equal(_write(model, ids, draft=3, **more).sequences, expected)
+    assert torch.equal(_write(dspark, ids, draft=3, **more).sequences, expected)
 
 
-def test_drafting_by_itself_gives_up_a_head_that_guesses_wrong(model: Any) -> None:
+def test_drafting_by_itself_gives_up_a_head_that_guesses_wrong(dspark: Any) -> None:
     ids = _ids(20)
-    found = _write(model, ids, draft="auto", max_new_tokens=60)
-    assert torch.equal(found.sequences, _write(model, ids, max_new_tokens=60).sequences)
+    found = _write(dspark, ids, draft="auto", max_new_tokens=60)
+    assert torch.equal(found.sequences, _write(dspark, ids, max_new_tokens=60).sequences)
     counts = found.drafting
     assert counts.head_passes < counts.passes
-    assert model.stats()["draft_passes"] >= counts.passes
+    assert dspark.stats()["draft_passes"] >= counts.passes
 
 
 def test_a_prompt_read_before_is_drafted_behind_too(
-    model: Any, clairvoyant: list[torch.Tensor]
+    dspark: Any, clairvoyant: list[torch.Tensor]
 ) -> None:
-    first, cache = _ids(20), Dsv4Cache(model.config)
+    first, cache = _ids(20), Dsv4Cache(dspark.config)
     with torch.no_grad():
-        model(first[:, :15], past_key_values=cache)
-    expected = _write(model, first).sequences
+        dspark(first[:, :15], past_key_values=cache)
+    expected = _write(dspark, first).sequences
     clairvoyant += [expected, torch.tensor([expected.shape[1]])]
-    found = _write(model, first, past_key_values=cache, draft=4)
+    found = _write(dspark, first, past_key_values=cache, draft=4)
     assert torch.equal(found.sequences, expected)
     # Keys that were not written are not read.
     assert cache.drafts.since.tolist() == [15]
 
 
 def test_adapters_count_in_the_text_and_the_head_follows(
-    model: Any, clairvoyant: list[torch.Tensor]
+    dspark: Any, clairvoyant: list[torch.Tensor]
 ) -> None:
     from peft import LoraConfig, get_peft_model
 
     targets = r".*model\.layers\.\d+\.self_attn\.(q_b_proj|kv_proj)"
     ids, settings = _ids(20), {"max_new_tokens": NEW, "do_sample": False}
-    adapted = get_peft_model(model, LoraConfig(target_modules=targets, init_lora_weights=False))
+    adapted = get_peft_model(dspark, LoraConfig(target_modules=targets, init_lora_weights=False))
     try:
         assert not any("mtp" in n for n, p in adapted.named_parameters() if p.requires_grad)
         with_adapters = adapted.generate(input_ids=ids, **settings)
@@ -275,7 +281,7 @@ def test_what_drafting_cannot_do_is_named(model: Any, tiny: Make) -> None:
     )
 
 
-def test_streamed_tokens_are_those_of_the_text(model: Any) -> None:
+def test_streamed_tokens_are_those_of_the_text(dspark: Any) -> None:
     class Streamer:
         def __init__(self) -> None:
             self.parts: list[torch.Tensor] = []
@@ -287,5 +293,5 @@ def test_streamed_tokens_are_those_of_the_text(model: Any) -> None:
             self.parts.append(torch.tensor([-1]))
 
     streamer, ids = Streamer(), _ids(9)
-    found = _write(model, ids, draft=2, streamer=streamer, max_new_tokens=12).sequences[0]
+    found = _write(dspark, ids, draft=2, streamer=streamer, max_new_tokens=12).sequences[0]
     assert list(itertools.chain(*(p.tolist() for p in streamer.parts))) == [*found.tolist(), -1]

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
 
 from .checkpoint import check_own, detect_layout, fit_config, load_foreign
 from .configuration_dsv4 import Dsv4Config
@@ -81,6 +85,7 @@ class PretrainedLoading(_Base):
         if own:
             if not reporting:
                 _check_layout(directory, config)
+            _pack_experts_beside_bitsandbytes(config, kwargs)
             if dequantize and getattr(config, "quantization_config", None):
                 config.quantization_config["dequantize"] = True
             return super().from_pretrained(
@@ -88,6 +93,7 @@ class PretrainedLoading(_Base):
             )
         fit_config(config, read_index(directory))
         state = _foreign_state(cls, directory, config, dequantize, kwargs)
+        _pack_experts_beside_bitsandbytes(config, kwargs)
         loaded = super().from_pretrained(
             None, *model_args, config=config, state_dict=state, **kwargs
         )
@@ -204,6 +210,28 @@ def _check_method(config: PreTrainedConfig) -> None:
     raise ValueError(
         f"the weights are stored with quant_method={method!r}, which is not registered; {hint}"
     )
+
+
+def _pack_experts_beside_bitsandbytes(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
+    """Hand a `BitsAndBytesConfig` to the quantizer that knows experts: its own would skip them."""
+    given = kwargs.get("quantization_config")
+    method = given.get("quant_method") if isinstance(given, dict) else getattr(
+        given, "quant_method", None
+    )  # fmt: skip
+    if method != "bitsandbytes":
+        return
+    known = AUTO_QUANTIZATION_CONFIG_MAPPING.get("dsv4_bitsandbytes")
+    if known is None:
+        sizes = (math.prod(s) for n, (_, s) in our_inventory(config).items() if ".experts." in n)
+        raise ValueError(
+            f"bitsandbytes quantizes linear maps alone: {sum(sizes)} weights of routed experts "
+            "would stay as they are; `import quantize` first, which packs them"
+        )
+    kwargs["quantization_config"] = known.around(
+        given, getattr(config, "quantization_config", None)
+    )
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
 
 
 def _check_parallel(config: PreTrainedConfig, own: bool, kwargs: dict[str, Any]) -> None:

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dsv4-quantize`: plan, convert, verify."""
+"""`dsv4-quantize`: plan, convert, verify, report."""
 
 import json
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
@@ -21,7 +22,10 @@ from rich.progress import (
 from rich.table import Table
 
 from .placement import Machine, Plan, place
-from .sizes import format_size, parse_rate, parse_size
+from .sizes import format_size, format_time, parse_rate, parse_size
+
+if TYPE_CHECKING:
+    from .forecast import Forecast
 
 app = typer.Typer(
     help="Quantize DeepSeek-V4 and V4.1 models, and see what fits where.",
@@ -83,21 +87,43 @@ def plan(
 
 @app.command(epilog="Example: dsv4-quantize convert DeepSeek-V4-Flash flash-fp4 --recipe fp4")
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Model directory, any layout.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Model directory in any layout, or OWNER/NAME.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="New directory.")],
     recipe: Annotated[str, typer.Option(help="Formats of the routed experts.")] = "fp4",
     max_shard_size: Annotated[str, typer.Option(help="Size of files of dense tensors.")] = "5GB",
+    delete_source_shards: Annotated[
+        bool,
+        typer.Option(
+            "--delete-source-shards",
+            help="Remove each shard of SRC once what is made of it is written and read back.",
+        ),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write SRC's routed experts as packs into DST, the rest as it is. Run again to continue."""
+    """Write SRC's routed experts as packs into DST, the rest as it is. Run again to continue.
+
+    SRC may be a repository of the Hub: its shards are fetched one by one, and never lie here whole.
+    """
     from . import convert as work
     from .config import get_recipe
+    from .forecast import forecast
 
     chosen, shard = get_recipe(recipe), parse_size(max_shard_size)
-    job = work.plan_job(work.Source(source), chosen, shard)
-    with _bar(job.nbytes, silent=quiet or as_json) as advance:
-        work.convert(source, target, chosen, shard, advance)
+    opened = work.open_source(source, target, chosen, shard, delete_source_shards)
+    if opened is None:
+        if not quiet:
+            typer.echo(json.dumps({"target": str(target)}) if as_json else f"{target}: complete")
+        return
+    job = work.plan_job(opened, chosen, shard)
+    silent = quiet or as_json
+    if not silent:
+        _show_forecast(forecast(opened, job, target), Console(stderr=True))
+    with _bar(job.nbytes, silent) as (advance, tell_error):
+        options = work.Options(delete_source_shards, progress=advance, tell_error=tell_error)
+        work.convert(source, target, chosen, shard, options=options)
     if as_json:
         data = {"target": str(target), "recipe": chosen.to_dict(), "bytes": job.nbytes}
         typer.echo(json.dumps({**data, "packs": len(job.packs), "shards": len(job.shards)}))
@@ -133,6 +159,42 @@ def verify(
         Console().print(f"{directory}: {len(sums.files)} files are as they were written")
 
 
+@app.command(epilog="Example: dsv4-quantize report DeepSeek-V4-Flash flash-q2 --text prose.txt")
+def report(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="The model to compare with.")],
+    targets: Annotated[list[Path], typer.Argument(metavar="DST...", help="Made from SRC.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text, or token rows as safetensors.")],
+    output: Annotated[Path, typer.Option(help="Folder for report.json and the plot.")],
+    rows: Annotated[int, typer.Option(help="Rows of tokens at most; 0 is the whole text.")] = 0,
+    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    layer_rows: Annotated[int, typer.Option(help="Rows on which layers are compared.")] = 1,
+    expert_memory: Annotated[str, typer.Option(help="Resident experts of a DST.")] = "",
+    space: Annotated[str, typer.Option(help="Disk that SRC's logits may take meanwhile.")] = "8GB",
+    with_plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw it.")] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare the predictions of each DST with SRC's: divergence, agreement, layers, bits."""
+    from . import report as work
+
+    if with_plot:
+        work.import_pyplot()
+    output.mkdir(parents=True, exist_ok=True)
+    ids = work.read_rows(text, source, length, rows or None)
+    passes = 2 + len(targets)
+    with _bar(passes * ids.numel(), silent=quiet or as_json, unit="tokens") as (advance, _):
+        found = work.report(
+            source, targets, text, length=length, rows=rows or None, layer_rows=layer_rows,
+            expert_memory=expert_memory or None, space=parse_size(space), work=output,
+            progress=advance,
+        )  # fmt: skip
+    work.write(found, output, with_plot)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    elif not quiet:
+        Console().print(*work.tables(found))
+
+
 def main() -> None:
     """Run the program: exit 0 on success, 1 with one line on failure, 2 on wrong usage."""
     try:
@@ -147,25 +209,26 @@ def main() -> None:
 
 
 @contextmanager
-def _bar(total: int, silent: bool) -> Any:
-    """Give a callback (file, bytes): a bar on a terminal, a line per file elsewhere."""
+def _bar(total: int, silent: bool, unit: str = "bytes") -> Any:
+    """Give callbacks for (name, done) and for the error: a bar on a terminal, else lines."""
     if silent:
-        yield None
+        yield None, None
         return
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _line_per_file(console)
+        yield _line_per_file(console), None
         return
+    size = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    error = TextColumn("{task.fields[error]}")
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+        TextColumn("{task.description}"), BarColumn(), *size, TimeRemainingColumn(), error,
+    )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda file, done: progress.update(task, advance=done, description=file)
+        task = progress.add_task("", total=total, error="")
+        yield (
+            lambda file, done: progress.update(task, advance=done, description=file),
+            lambda error: progress.update(task, error=f"relative error {error:.2e}"),
+        )
 
 
 def _line_per_file(console: Console) -> Callable[[str, int], None]:
@@ -238,3 +301,19 @@ def _plan_table(plan: Plan) -> Table:
         if size:
             table.add_row(name, format_size(size), "", "carried, not used")
     return table
+
+
+def _show_forecast(found: "Forecast", console: Console) -> None:
+    """Print what a conversion will take."""
+    table = Table("part", "format", "number", "in SRC", "in DST")
+    for part in found.parts:
+        sizes = format_size(part.before), format_size(part.after)
+        table.add_row(part.name, part.formats, str(part.count), *sizes)
+    console.print(table)
+    about = "not tried: the source is not here yet"
+    if found.seconds is not None:
+        about = f"about {format_time(found.seconds)}, from one expert of each format"
+    console.print(
+        f"disk: {format_size(found.disk)} wanted, {format_size(found.free)} free; time: {about}",
+        soft_wrap=True,
+    )

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: which weights get which format, as data; and what config.json says about it."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import cached_property
 from typing import Any, ClassVar
 
 from modeling_dsv4.formats import get_format
@@ -11,8 +13,12 @@ from modeling_dsv4.hf_quantizer import ReleaseConfig
 
 from .pack import PROJECTIONS, RecordLayout
 from .sizes import parse_size
+from .trellis import TRELLIS2, TRELLIS2_5, TRELLIS3, TRELLIS3_5
 
 METHOD = "dsv4"
+
+Matches = Callable[[str], object]
+_WILD = re.compile(r"[*?[]")
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,26 @@ class Recipe:
 
     def format_of(self, weight: str) -> str | None:
         """Name of the format for a weight, None to leave it as it is."""
-        return next((name for pattern, name in self.rules if fnmatchcase(weight, pattern)), None)
+        exact, wild = self._lookup
+        place, found = exact.get(weight, (len(self.rules), None))
+        for earlier, matches, name in wild:
+            if earlier > place:
+                break
+            if matches(weight):
+                return name
+        return found
+
+    @cached_property
+    def _lookup(self) -> tuple[dict[str, tuple[int, str]], list[tuple[int, Matches, str]]]:
+        """Rules by name, and those with wildcards in order: an allocation has thousands."""
+        exact: dict[str, tuple[int, str]] = {}
+        wild: list[tuple[int, Matches, str]] = []
+        for place, (pattern, name) in enumerate(self.rules):
+            if _WILD.search(pattern):
+                wild.append((place, re.compile(translate(pattern)).match, name))
+            else:
+                exact.setdefault(pattern, (place, name))
+        return exact, wild
 
     def layout(self, module: str, hidden: int, width: int) -> RecordLayout:
         """Record of one expert of the experts module `module`."""
@@ -65,9 +90,17 @@ class Recipe:
             ) from error
 
 
+def _experts(name: str, gate_up: str, down: str) -> Recipe:
+    return Recipe(name, (("*.mlp.experts.*down_proj", down), ("*.mlp.experts.*", gate_up)))
+
+
 RECIPES = {
     # The release's own experts, byte for byte; others are rounded.
     "fp4": Recipe("fp4", (("*.mlp.experts.*", "fp4"),)),
+    # 3.17 and 2.17 bits a weight. What leaves an expert is more sensitive than what enters it, so
+    # the down projection has half a bit more.
+    "q3": _experts("q3", gate_up=TRELLIS3.name, down=TRELLIS3_5.name),
+    "q2": _experts("q2", gate_up=TRELLIS2.name, down=TRELLIS2_5.name),
 }
 
 

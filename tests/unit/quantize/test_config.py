@@ -27,8 +27,43 @@ def test_fp4_packs_every_expert_and_nothing_else() -> None:
         assert recipe.format_of(name) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "gate_up", "down"),
+    [("q3", "trellis3", "trellis3.5"), ("q2", "trellis2", "trellis2.5")],
+)
+def test_named_recipes_give_down_projections_half_a_bit_more(
+    name: str, gate_up: str, down: str
+) -> None:
+    recipe = get_recipe(name)
+    for expert in ("", ".17"):
+        assert recipe.format_of(f"{NAME}{expert}.gate_up_proj") == gate_up
+        assert recipe.format_of(f"{NAME}{expert}.down_proj") == down
+    assert recipe.format_of("model.layers.3.mlp.shared_experts.down_proj.weight") is None
+    assert recipe.format_of("model.layers.3.mlp.gate.weight") is None
+
+
+def test_thousands_of_names_keep_their_place_among_wildcards() -> None:
+    names = [f"model.layers.3.mlp.experts.{e}.down_proj" for e in range(5000)]
+    rules = (
+        (names[0], "int4"),
+        ("*.experts.1?.down_proj", "int3"),
+        *((name, "int2") for name in names),
+        (names[20], "int4"),
+        ("*.mlp.experts.*", "fp4"),
+    )
+    recipe = Recipe("mine", rules)
+    found = [recipe.format_of(name) for name in names]
+    assert found[0] == "int4"
+    assert found[10:20] == ["int3"] * 10
+    assert set(found[1:10] + found[20:]) == {"int2"}
+    assert recipe.format_of("model.layers.4.mlp.experts.0.down_proj") == "fp4"
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
 def test_an_unknown_recipe_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"wanted a recipe out of \['fp4'\], got 'fp3'"):
+    with pytest.raises(
+        ValueError, match=r"wanted a recipe out of \['fp4', 'q2', 'q3'\], got 'fp3'"
+    ):
         get_recipe("fp3")
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode against context length: a growing cache, a static one, a compiled step, transformers' own.
 
-    python benchmarks/decode.py              # 1k, 8k and 32k tokens, V4 and V4.1
-    python benchmarks/decode.py --quick      # V4 at 1k tokens
-    python benchmarks/decode.py --compiled   # the compiled step too: half an hour of compiling
+    python benchmarks/decode.py                 # 1k, 8k and 32k tokens, V4 and V4.1
+    python benchmarks/decode.py --quick         # V4 at 1k tokens
+    python benchmarks/decode.py --no-compiled   # without two minutes of compiling a context
 
 A context is filled by one prefill, then single tokens follow: the median of their wall times. Ours
 run in one process for each shape, where the step is compiled anew for each context, as its cache
@@ -42,6 +42,8 @@ SIZES, QUICK_SIZES = (1024, 8192, 32768), (1024,)
 # The compiler reads a step twice, the second time for any number of columns.
 WARM_UP, STEPS = 4, 24
 PREFILL = 2048
+# The whole step in C++: between its operations no Python runs.
+COMPILE: dict[str, Any] = {"fullgraph": True, "options": {"cpp_wrapper": True}}
 # Promises: so many times as fast from this length on; logits deviate by 0.3 and agree to this.
 FASTER, FASTER_FROM, SAME = 5.0, 8192, 2e-4
 OURS = ("dynamic", "static", "compiled")
@@ -84,7 +86,7 @@ def measure_ours(directory: Path, sizes: Sequence[int], threads: int, compiled: 
 
     quiet(threads)
     model, runs = load("ours", directory), {}
-    step = torch.compile(model, fullgraph=True)
+    step = torch.compile(model, **COMPILE)
     for tokens in sizes:
         ids = tokens_of(model, tokens + WARM_UP + STEPS)
         last, run = {}, Decoding()
@@ -196,8 +198,8 @@ def broken_promises(found: dict[str, Runs]) -> list[str]:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="v4-small at 1k tokens only.")] = False,
-    compiled: Annotated[bool, typer.Option(help="Also compile the step: many minutes.")] = False,
-    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
+    compiled: Annotated[bool, typer.Option(help="Also compile the step.")] = True,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
     native_limit: Annotated[float, typer.Option(help="GiB that transformers may take.")] = 20,
     output: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON.")] = None,
 ) -> None:

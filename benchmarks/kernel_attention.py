@@ -92,7 +92,7 @@ def attention_inputs(shape: Shape) -> Inputs:
     elif t:
         begin, end, count = first, first + t, count + t
     angle = torch.rand(b, s, ROTARY // 2, device="cuda")
-    turn = torch.polar(torch.ones_like(angle), angle)
+    turn = torch.stack((angle.cos(), angle.sin()), dim=-1)
     sinks = torch.randn(HEADS, device="cuda")
     reads = Reads(first, ids, begin, end, past, WINDOW)
     return Inputs(q, keys, entries, sinks, CHANNELS**-0.5, reads, turn, count)

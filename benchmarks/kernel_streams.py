@@ -124,7 +124,7 @@ def _open(
 def other_cases(s: Shape, n: int) -> Iterator[Case]:
     """What else passes over whole activations: heads, norms, SwiGLU, pooling."""
     angle = torch.randn(1, n, 1, s.R // 2, device="cuda")
-    turn = torch.polar(torch.ones_like(angle), angle)
+    turn = torch.stack((angle.cos(), angle.sin()), dim=-1)
     q = leaf(1, n, s.H, s.C)
     yield Case("q norm + rotate", f"{n} x {s.H} x {s.C}",
                lambda kernels: [norm_rotate(q, turn, 1e-6, kernels)], [q],

@@ -107,7 +107,7 @@ class Dsv4Attention(Float32Parameters):
         Args:
             hidden_states: [B, S, D] normed.
             segments: places of the tokens.
-            turns: rotation [B, S, R/2] of the positions, by whether the layer compresses.
+            turns: rotation [B, S, R/2, 2] of the positions, by whether the layer compresses.
             shared: entries and choices of the layers before.
             cache: this layer's stores, read and written; None starts from nothing.
             stores_only: write the cache for later tokens and give the input back.

@@ -333,6 +333,12 @@ class Dsv4Cache(Cache):
         """
         return cache_files.load(cls, path, config, input_ids, device)
 
+    def counters(self) -> list[torch.Tensor]:
+        """All numbers on the device that a pass moves on; none before the first pass."""
+        if self.state is None or self._rewindable is None:
+            return []
+        return [*self.state.tensors(), self._rewindable]
+
     def memory_bytes(self) -> int:
         """Bytes held by all stores."""
         return sum(s.data.nbytes for _, s in self.named_stores() if s.data is not None)

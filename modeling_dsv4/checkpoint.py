@@ -52,7 +52,11 @@ def detect_layout(directory: str | Path) -> str:
     Raises:
         ValueError: for a directory without weights, or with another model's.
     """
-    names = read_index(directory)
+    return layout_of(directory, list(read_index(directory)))
+
+
+def layout_of(directory: str | Path, names: list[str]) -> str:
+    """Like `detect_layout` for a directory whose tensors' names are known."""
     if any(re.match(r"(model\.)?layers\.\d+\.self_attn\.", name) for name in names):
         config = Path(directory) / "config.json"
         fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}

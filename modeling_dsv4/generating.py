@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import GenerationMixin
 from transformers.generation import GenerationConfig, GenerationMode
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .cache import Dsv4Cache
 from .configuration_dsv4 import Dsv4Config
+from .step import OneColumn, make_step
 
 # Keywords that number the documents of a packed prompt.
 _NUMBERS = ("seq_idx", "cu_seq_lens_q")
@@ -21,6 +24,47 @@ class Dsv4Generation(GenerationMixin):
     """transformers' generation with this model's cache."""
 
     config: Dsv4Config
+    model: nn.Module
+    lm_head: nn.Module
+    _step: OneColumn | None = None
+
+    def set_step(self, mode: str) -> None:
+        """Choose how a token into a static cache is computed: "eager", "compiled", "captured".
+
+        "compiled" hands the step to torch.compile, which takes a minute or two for the first and
+        the second token and again for a cache of another length; "captured" records it in a CUDA
+        graph, in seconds. Both want `Dsv4Cache(config, max_length=...)` or `generate(...,
+        cache_implementation="static")`; all other passes run eagerly. A run-time switch, not saved.
+
+        Raises:
+            ValueError: an unknown mode, or "captured" without a CUDA device.
+        """
+        self._step = make_step(mode, self._one_column)
+
+    def _one_column(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        cache: Dsv4Cache,
+    ) -> torch.Tensor:
+        outputs = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+        )
+        return self.lm_head(outputs.last_hidden_state)
+
+    def _repeat_step(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        cache: Dsv4Cache,
+    ) -> MoeCausalLMOutputWithPast:
+        """One column into a static cache, by what `set_step` chose."""
+        assert self._step is not None
+        mask, positions = (None if x is None else x[:, -1:] for x in (mask, positions))
+        logits = self._step(ids, mask, positions, cache)
+        return MoeCausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def prepare_inputs_for_generation(
         self,

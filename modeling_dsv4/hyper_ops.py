@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .kernel_choice import use_triton
+from .kernel_choice import use_cpu, use_triton
 from .ops import fp32
 
 
@@ -171,6 +171,12 @@ def expand(
         from .kernels import expand as fused
 
         return fused.expand(u, streams, post, comb)
+    # A compiler fuses this with its neighbours.
+    fuses = torch.compiler.is_compiling() or u.dtype is not streams.dtype
+    if not fuses and use_cpu(kernels, streams, u, post, comb):
+        from .cpu import hyper
+
+        return hyper.expand(u, streams, post, comb)
     n, d = streams.shape[-2:]
     out = _Expand.apply(
         fp32(u).reshape(-1, d),
@@ -240,6 +246,12 @@ def open_site(
         from .kernels import hyper
 
         return hyper.open_site(
+            streams, handed, fn, base, scale, iters=iters, eps=eps, rms_eps=rms_eps
+        )
+    if use_cpu(kernels, streams, handed, fn, base, scale):
+        from .cpu import hyper as in_c
+
+        return in_c.open_site(
             streams, handed, fn, base, scale, iters=iters, eps=eps, rms_eps=rms_eps
         )
     pre, post, comb = coefficients(streams, fn, base, scale, iters=iters, eps=eps, rms_eps=rms_eps)

@@ -106,7 +106,7 @@ class Indexer(nn.Module):
             hidden_states: [B, S, D] normed input of attention.
             q_latent: [B, S, Q] normed query latent.
             keys: [B, T, J] all index keys of the row.
-            turn: [B, S, R/2] rotation of the query positions.
+            turn: [B, S, R/2, 2] rotation of the query positions.
             segments: places of the tokens.
             before: the last index source's choice, for its candidates.
         """

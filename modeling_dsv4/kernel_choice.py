@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which twin computes: the torch references and their CPU twins, or Triton's kernels.
+"""Which twin computes: the torch references and their twins, Triton's kernels, or C.
 
 The choice is an argument that every dispatching function takes (`kernels=`); modules keep it as
 their attribute `kernels`, which `model.set_kernels` writes. Nothing here imports triton.
@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 MODES = ("auto", "torch", "triton")
+# With more tokens than this, torch's operations spread over all cores.
+_FEW_TOKENS = 16
 
 
 def use_triton(mode: str, x: torch.Tensor) -> bool:
@@ -44,6 +46,27 @@ def use_triton(mode: str, x: torch.Tensor) -> bool:
             "move the model to a GPU, or call set_kernels('auto')"
         )
     return True
+
+
+def use_cpu(mode: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether C computes on `x` [..., N, D] and others: "auto", few tokens, no gradients, a CPU.
+
+    Only where a C compiler is there, see `cpu/build.py`; the numbers agree to rounding.
+    """
+    if mode != "auto" or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if x.shape[:-2].numel() > _FEW_TOKENS:
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+        return False
+    return _cpu_library()
+
+
+@torch.compiler.assume_constant_result
+def _cpu_library() -> bool:
+    from .cpu.build import library
+
+    return library() is not None
 
 
 def check_mode(mode: str) -> None:

@@ -41,6 +41,7 @@ from .resizing import resize_vocabulary
 from .rotary import rotation
 from .segments import RowState, Segments, find_segments, find_step
 from .simulation import set_simulation
+from .step import is_step
 from .storage import OpaqueWeights
 
 # Tokens that pass the layers at once where nothing needs all of them (no gradients).
@@ -430,6 +431,15 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, Dsv4Generation, GenerationMixin):
             raise ValueError(
                 f"logits_to_keep: wanted 0 (all), a number or indices, got {logits_to_keep}"
             )
+        others = (inputs_embeds, labels, token_types, *kwargs.values())
+        alone = use_cache is not False and all(x is None for x in others)
+        if self._step is not None and alone:
+            want = Wanted.of(
+                self.config, output_hidden_states, output_attentions, output_router_logits
+            )
+            if is_step(past_key_values, input_ids) and not want.anything():
+                assert input_ids is not None and past_key_values is not None
+                return self._repeat_step(input_ids, attention_mask, position_ids, past_key_values)
         counted = isinstance(logits_to_keep, int) and logits_to_keep > 0
         counted = counted and labels is None and kwargs.get("shift_labels") is None
         outputs = self.model(

@@ -108,7 +108,8 @@ def gathered_experts(
 ) -> torch.Tensor:
     """`sum_k down_e(weight_k * swiglu(gate_up_e(x)))` with e = index_k, in fixed shapes.
 
-    Copies the weights of every pair, so it is for few tokens; nothing waits for the device.
+    For few tokens: eagerly it copies the weights of every pair, compiled on a CPU it reads them
+    once, where they are. Nothing waits for the device.
 
     Args:
         x: [n, D].
@@ -124,9 +125,16 @@ def gathered_experts(
     n, k = index.shape
     expert = index.flatten().clamp(max=len(gate_up) - 1)
     weight = weight * (index < len(gate_up))
-    h = gate_up[expert] @ x.repeat_interleave(k, dim=0)[..., None]
-    u = swiglu(h[..., 0], limit, weight.flatten())
-    return fp32(down[expert] @ u[..., None]).view(n, k, -1).sum(1)
+    x = x.repeat_interleave(k, dim=0)
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        # A sum of products takes the rows into its loop; a matrix product wants them copied.
+        h = (fp32(gate_up[expert]) * fp32(x)[:, None]).sum(-1).to(x.dtype)
+        u = swiglu(h, limit, weight.flatten())
+        y = (fp32(down[expert]) * fp32(u)[:, None]).sum(-1)
+    else:
+        u = swiglu((gate_up[expert] @ x[..., None])[..., 0], limit, weight.flatten())
+        y = fp32(down[expert] @ u[..., None])[..., 0]
+    return y.view(n, k, -1).sum(1)
 
 
 def scatter_rows(y: torch.Tensor, token: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ compressed entries and index vectors alike with theta 160000 and YaRN. Cosine an
 multiplied by an attention factor.
 """
 
+import functools
 import math
 
 import torch
@@ -35,41 +36,55 @@ def inverse_frequencies(
     return freq * (1 - ramp) + freq / yarn["factor"] * ramp
 
 
+@functools.cache
+def _held_frequencies(
+    dim: int, theta: float, yarn: tuple[tuple[str, float], ...] | None, device: torch.device
+) -> torch.Tensor:
+    return inverse_frequencies(dim, theta, None if yarn is None else dict(yarn), device)
+
+
 def rotation(position: torch.Tensor, config: Dsv4Config, compressed: bool) -> torch.Tensor:
-    """Unit complex numbers [..., R/2] for positions [...]; `compressed` picks the layer kind."""
+    """Cosine and sine [..., R/2, 2] of positions [...]; `compressed` picks the layer kind."""
     theta = config.compress_rope_theta if compressed else config.rope_theta
     yarn = config.yarn if compressed else None
-    freq = inverse_frequencies(config.qk_rope_head_dim, theta, yarn, position.device)
+    dim, device = config.qk_rope_head_dim, position.device
+    if torch.compiler.is_compiling():
+        freq = inverse_frequencies(dim, theta, yarn, device)
+    else:
+        items = None if yarn is None else tuple(sorted(yarn.items()))
+        freq = _held_frequencies(dim, theta, items, device)
     angle = position[..., None].float() * freq
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 
 def rotate(
     x: torch.Tensor, turn: torch.Tensor, inverse: bool = False, kernels: str = "torch"
 ) -> torch.Tensor:
-    """Turn the last R channels of [..., C] by [..., R/2] (broadcast), or turn them back."""
+    """Turn the last R channels of [..., C] by [..., R/2, 2] (broadcast), or turn them back."""
     if use_triton(kernels, x):
         from .kernels import rotary as fused
 
         return fused.rotate(x, turn, inverse)
-    if inverse:
-        turn = turn.conj()
-    r = 2 * turn.shape[-1]
+    r = 2 * turn.shape[-2]
     plain, pairs = x[..., :-r], fp32(x[..., -r:]).unflatten(-1, (-1, 2))
     # A compiler fuses real numbers and leaves complex ones alone; eagerly, theirs is the one pass.
-    turned = (turn_pairs_ref if torch.compiler.is_compiling() else turn_pairs)(pairs, turn)
+    turned = (turn_pairs_ref if torch.compiler.is_compiling() else turn_pairs)(pairs, turn, inverse)
     return torch.cat((plain, turned.flatten(-2).to(x.dtype)), dim=-1)
 
 
-def turn_pairs_ref(pairs: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """`(a cos - b sin, a sin + b cos)` of pairs [..., R/2, 2] and unit numbers [..., R/2]."""
-    (a, b), cos, sin = pairs.unbind(-1), turn.real, turn.imag
+def turn_pairs_ref(pairs: torch.Tensor, turn: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+    """`(a cos - b sin, a sin + b cos)` of pairs and (cos, sin), both [..., R/2, 2]."""
+    (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
+    if inverse:
+        sin = -sin
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def turn_pairs(pairs: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+def turn_pairs(pairs: torch.Tensor, turn: torch.Tensor, inverse: bool = False) -> torch.Tensor:
     """The same as a complex product; see `turn_pairs_ref`."""
-    return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+    by = torch.view_as_complex(turn.to(pairs.dtype).contiguous())
+    by = by.conj() if inverse else by
+    return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * by)
 
 
 def norm_rotate(

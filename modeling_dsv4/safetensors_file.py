@@ -64,6 +64,11 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise _broken(path, f"a header of {length} bytes does not fit its {size} bytes")
         raw = file.read(length)
+    return parse_header(path, raw, size)
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorInfo]:
+    """Check a header's JSON `raw` of a file that has `size` bytes; raises as `read_header` does."""
     try:
         entries = json.loads(raw, object_pairs_hook=_unique)
     except ValueError as error:
@@ -71,7 +76,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     if not isinstance(entries, dict):
         raise _broken(path, "its header is no JSON object")
     entries.pop("__metadata__", None)
-    start = 8 + length
+    start = 8 + len(raw)
     header = {name: _entry(path, name, entry, start) for name, entry in entries.items()}
     position = start
     for name, info in sorted(header.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -110,11 +115,15 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), data_start + start, data_start + end)
 
 
-def read_index(directory: str | Path) -> dict[str, Path]:
+def read_index(directory: str | Path, present: bool = True) -> dict[str, Path]:
     """Return {tensor name: file} of a checkpoint's directory.
 
     Names inside the index must be plain file names; the files may be symbolic links anywhere, as in
     the cache of the Hub.
+
+    Args:
+        directory: of the checkpoint.
+        present: the files an index names have to be there.
 
     Raises:
         ValueError: no checkpoint, a malformed index, a name outside the directory, an absent shard.
@@ -136,7 +145,7 @@ def read_index(directory: str | Path) -> dict[str, Path]:
         _check_shard_name(index, shard)
     files = {shard: directory / shard for shard in shards}
     for shard, file in files.items():
-        if not file.is_file():
+        if present and not file.is_file():
             raise ValueError(f"{index} names {shard}, which is not there; fetch the missing shard")
     return {name: files[shard] for name, shard in names.items()}
 
@@ -149,6 +158,27 @@ def _check_shard_name(index: Path, shard: str) -> None:
         )
 
 
+def join_headers(
+    directory: Path, files: Mapping[str, Path], headers: Mapping[Path, Mapping[str, TensorInfo]]
+) -> dict[str, TensorInfo]:
+    """Return {tensor name: where it is} of all shards; ValueError where the index says otherwise.
+
+    Args:
+        directory: the checkpoint, for the message.
+        files: {tensor name: file}, the index.
+        headers: of every file.
+    """
+    absent = [name for name, path in files.items() if name not in headers[path]]
+    listed = {(name, path) for name, path in files.items()}
+    unlisted = [n for path, header in headers.items() for n in header if (n, path) not in listed]
+    if absent or unlisted:
+        raise ValueError(
+            f"{directory}: index and shards disagree; {len(absent)} tensors are only in the index "
+            f"{absent[:3]}, {len(unlisted)} only in the shards {unlisted[:3]}"
+        )
+    return {name: headers[path][name] for name, path in files.items()}
+
+
 class Shards:
     """The tensors of one checkpoint directory: headers checked now, data read when asked for."""
 
@@ -156,17 +186,7 @@ class Shards:
         self.directory = Path(directory)
         self.files = read_index(directory)
         headers = {path: read_header(path) for path in dict.fromkeys(self.files.values())}
-        absent = [name for name, path in self.files.items() if name not in headers[path]]
-        listed = {(name, path) for name, path in self.files.items()}
-        unlisted = [
-            n for path, header in headers.items() for n in header if (n, path) not in listed
-        ]
-        if absent or unlisted:
-            raise ValueError(
-                f"{self.directory}: index and shards disagree; {len(absent)} tensors are only in "
-                f"the index {absent[:3]}, {len(unlisted)} only in the shards {unlisted[:3]}"
-            )
-        self.info = {name: headers[path][name] for name, path in self.files.items()}
+        self.info = join_headers(self.directory, self.files, headers)
         self._open: dict[Path, Any] = {}
 
     def get(self, name: str) -> torch.Tensor:
@@ -192,6 +212,31 @@ class Shards:
                 position += count
 
 
+def lay_out_file(
+    entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Return a file's first bytes, and {name: (start, end)} of its tensors in their order in it.
+
+    Args:
+        entries: {name: (safetensors dtype, shape)}.
+        metadata: what else the header says.
+    """
+    # Wide types first, so that every tensor is aligned to its own element size.
+    names = sorted(entries, key=lambda name: (-DTYPES[entries[name][0]].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    position = 0
+    for name in names:
+        dtype, shape = entries[name]
+        end = position + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    raw = len(raw).to_bytes(8, "little") + raw
+    offsets = {name: header[name]["data_offsets"] for name in names}
+    return raw, {name: (len(raw) + start, len(raw) + end) for name, (start, end) in offsets.items()}
+
+
 def write_file(
     path: Path,
     entries: Mapping[str, tuple[str, tuple[int, ...]]],
@@ -206,21 +251,10 @@ def write_file(
         get: name -> tensor of that dtype and shape.
         metadata: what else the header says.
     """
-    # Wide types first, so that every tensor is aligned to its own element size.
-    names = sorted(entries, key=lambda name: (-DTYPES[entries[name][0]].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    position = 0
-    for name in names:
-        dtype, shape = entries[name]
-        end = position + math.prod(shape) * DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw, spans = lay_out_file(entries, metadata)
     with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little"))
         file.write(raw)
-        for name in names:
+        for name in spans:
             file.write(_tensor_bytes(name, get(name), entries[name]))
         file.flush()
         os.fsync(file.fileno())

@@ -2,7 +2,8 @@
 """What a converted directory holds, byte for byte: written along with it, and checked again.
 
 `checksums.json` is the progress of a conversion until it is complete, and its proof afterwards.
-Checksums are zlib.crc32; those of experts are inside their packs.
+Checksums are zlib.crc32; those of experts are inside their packs. The file ends with the checksum
+of its own content, so that no byte of it can change unnoticed either.
 """
 
 import json
@@ -13,11 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from modeling_dsv4.safetensors_file import read_header
 
-from .pack import PackFile
+from .pack import PackFile, read_exactly
 
 FILE = "checksums.json"
 _CHUNK = 1 << 24
@@ -42,12 +41,14 @@ class Checksums:
     Attributes:
         job: what identifies the conversion: source, recipe, options.
         complete: nothing is left to do.
-        files: by name.
+        files: finished ones by name.
+        done: of unfinished files, the checksums of tensors or experts that are written already.
     """
 
     job: dict[str, Any]
     complete: bool = False
     files: dict[str, FileSums] = field(default_factory=dict)
+    done: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, directory: Path) -> "Checksums | None":
@@ -60,18 +61,21 @@ class Checksums:
         if not path.is_file():
             return None
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            data = json.loads(text)
+            if _seal({k: v for k, v in data.items() if k != "crc32"}) != text:
+                raise ValueError("it does not have its own checksum")
             files = {name: FileSums(**sums) for name, sums in data["files"].items()}
-            return cls(data["job"], bool(data["complete"]), files)
+            return cls(data["job"], bool(data["complete"]), files, data["done"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path}: not readable ({error}); convert into a new directory"
+                f"{path}: damaged or not readable ({error}); convert into a new directory"
             ) from None
 
     def save(self, directory: Path) -> None:
         """Write atomically; in an order that does not tell how often the work was interrupted."""
         self.files = dict(sorted(self.files.items()))
-        write_text(directory / FILE, json.dumps(asdict(self), indent=1))
+        write_text(directory / FILE, _seal(asdict(self)))
 
     def has(self, path: Path) -> bool:
         """Whether a file is finished and still has the size and header it was written with."""
@@ -89,19 +93,23 @@ class Checksums:
         self.files[path.name] = FileSums(size, header, tensors or {})
 
 
+def _seal(data: dict[str, Any]) -> str:
+    """The file's text: the data, and the checksum of what they are without it."""
+    return json.dumps({**data, "crc32": zlib.crc32(json.dumps(data).encode())}, indent=1)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
     beside.replace(path)
-
-
-def tensor_checksum(tensor: torch.Tensor) -> int:
-    """Checksum of a tensor's bytes."""
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def header_checksum(path: Path) -> int:
@@ -132,12 +140,19 @@ def damages(directory: Path, sums: Checksums) -> Iterator[str]:
 
 def _damaged_tensors(path: Path, wanted: FileSums) -> Iterator[str]:
     header = read_header(path)
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         for name, info in sorted(header.items(), key=lambda item: item[1].start):
-            file.seek(info.start)
-            crc, left = 0, info.end - info.start
-            while left:
-                chunk = file.read(min(left, _CHUNK))
-                crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+            crc = span_checksum(path, file.fileno(), info.start, info.end - info.start)
             if crc != wanted.tensors[name]:
                 yield f"{path.name}: {name} is damaged"
+
+
+def span_checksum(path: Path, descriptor: int, start: int, nbytes: int) -> int:
+    """Checksum of a range of an open file, read piece by piece."""
+    buffer = memoryview(bytearray(min(nbytes, _CHUNK)))
+    crc = 0
+    for at in range(0, nbytes, _CHUNK):
+        piece = buffer[: min(_CHUNK, nbytes - at)]
+        read_exactly(path, descriptor, piece, start + at)
+        crc = zlib.crc32(piece, crc)
+    return crc

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,7 +22,10 @@ from rich.progress import (
 from rich.table import Table
 
 from .placement import Machine, Plan, place
-from .sizes import format_size, parse_rate, parse_size
+from .sizes import format_size, format_time, parse_rate, parse_size
+
+if TYPE_CHECKING:
+    from .forecast import Forecast
 
 app = typer.Typer(
     help="Quantize DeepSeek-V4 and V4.1 models, and see what fits where.",
@@ -84,21 +87,43 @@ def plan(
 
 @app.command(epilog="Example: dsv4-quantize convert DeepSeek-V4-Flash flash-fp4 --recipe fp4")
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Model directory, any layout.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Model directory in any layout, or OWNER/NAME.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="New directory.")],
     recipe: Annotated[str, typer.Option(help="Formats of the routed experts.")] = "fp4",
     max_shard_size: Annotated[str, typer.Option(help="Size of files of dense tensors.")] = "5GB",
+    delete_source_shards: Annotated[
+        bool,
+        typer.Option(
+            "--delete-source-shards",
+            help="Remove each shard of SRC once what is made of it is written and read back.",
+        ),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write SRC's routed experts as packs into DST, the rest as it is. Run again to continue."""
+    """Write SRC's routed experts as packs into DST, the rest as it is. Run again to continue.
+
+    SRC may be a repository of the Hub: its shards are fetched one by one, and never lie here whole.
+    """
     from . import convert as work
     from .config import get_recipe
+    from .forecast import forecast
 
     chosen, shard = get_recipe(recipe), parse_size(max_shard_size)
-    job = work.plan_job(work.Source(source), chosen, shard)
-    with _bar(job.nbytes, silent=quiet or as_json) as advance:
-        work.convert(source, target, chosen, shard, advance)
+    opened = work.open_source(source, target, chosen, shard, delete_source_shards)
+    if opened is None:
+        if not quiet:
+            typer.echo(json.dumps({"target": str(target)}) if as_json else f"{target}: complete")
+        return
+    job = work.plan_job(opened, chosen, shard)
+    silent = quiet or as_json
+    if not silent:
+        _show_forecast(forecast(opened, job, target), Console(stderr=True))
+    with _bar(job.nbytes, silent) as (advance, tell_error):
+        options = work.Options(delete_source_shards, progress=advance, tell_error=tell_error)
+        work.convert(source, target, chosen, shard, options=options)
     if as_json:
         data = {"target": str(target), "recipe": chosen.to_dict(), "bytes": job.nbytes}
         typer.echo(json.dumps({**data, "packs": len(job.packs), "shards": len(job.shards)}))
@@ -157,7 +182,7 @@ def report(
     output.mkdir(parents=True, exist_ok=True)
     ids = work.read_rows(text, source, length, rows or None)
     passes = 2 + len(targets)
-    with _bar(passes * ids.numel(), silent=quiet or as_json, unit="tokens") as advance:
+    with _bar(passes * ids.numel(), silent=quiet or as_json, unit="tokens") as (advance, _):
         found = work.report(
             source, targets, text, length=length, rows=rows or None, layer_rows=layer_rows,
             expert_memory=expert_memory or None, space=parse_size(space), work=output,
@@ -185,19 +210,23 @@ def main() -> None:
 
 @contextmanager
 def _bar(total: int, silent: bool, unit: str = "bytes") -> Any:
-    """Give a callback (name, done): a bar on a terminal, a line per name elsewhere."""
+    """Give callbacks for (name, done) and for the error: a bar on a terminal, else lines."""
     if silent:
-        yield None
+        yield None, None
         return
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _line_per_file(console)
+        yield _line_per_file(console), None
         return
     size = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-    columns = (TextColumn("{task.description}"), BarColumn(), *size, TimeRemainingColumn())
+    error = TextColumn("{task.fields[error]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), *size, TimeRemainingColumn(), error)
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda file, done: progress.update(task, advance=done, description=file)
+        task = progress.add_task("", total=total, error="")
+        yield (
+            lambda file, done: progress.update(task, advance=done, description=file),
+            lambda error: progress.update(task, error=f"relative error {error:.2e}"),
+        )
 
 
 def _line_per_file(console: Console) -> Callable[[str, int], None]:
@@ -270,3 +299,19 @@ def _plan_table(plan: Plan) -> Table:
         if size:
             table.add_row(name, format_size(size), "", "carried, not used")
     return table
+
+
+def _show_forecast(found: "Forecast", console: Console) -> None:
+    """Print what a conversion will take."""
+    table = Table("part", "format", "number", "in SRC", "in DST")
+    for part in found.parts:
+        sizes = format_size(part.before), format_size(part.after)
+        table.add_row(part.name, part.formats, str(part.count), *sizes)
+    console.print(table)
+    about = "not tried: the source is not here yet"
+    if found.seconds is not None:
+        about = f"about {format_time(found.seconds)}, from one expert of each format"
+    console.print(
+        f"disk: {format_size(found.disk)} wanted, {format_size(found.free)} free; time: {about}",
+        soft_wrap=True,
+    )

@@ -1,74 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert a checkpoint: routed experts into packs, everything else as its source has it.
 
-The source is streamed: one expert, or one dense tensor mapped from its file, is held at a time.
-Every file is written beside its name and renamed when complete, and `config.json` comes last, so a
-directory that loads is whole. The same call again continues after the last finished file.
+The source is streamed in the order of its shards, a few experts or a few megabytes of a dense
+tensor at a time, and every byte is read once. `config.json` comes last, so a directory that loads
+is whole. The same call again continues behind the last item that is durable, to the same bytes.
 """
 
 import copy
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 
 from modeling_dsv4.configuration_dsv4 import Dsv4Config
-from modeling_dsv4.formats import get_format
-from modeling_dsv4.safetensors_file import DTYPES, INDEX, write_file
+from modeling_dsv4.safetensors_file import INDEX
 
-from .checksums import Checksums, tensor_checksum, write_text
+from .checksums import Checksums, write_text
 from .config import METHOD, Recipe
-from .pack import PackWriter, RecordLayout, pack_file_name
+from .encode import encode_expert, keeps_bytes
+from .hub import HubOrigin, is_repository
+from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, peak_disk, plan_job
+from .origin import STAGING, LocalOrigin
+from .pack import PROJECTIONS
 from .sizes import format_size
-from .source import ExpertsSource, Source
+from .source import Source
+from .target import Target, sync_directory
 
 Progress = Callable[[str, int], None]
-DEFAULT_SHARD = 5 * 10**9
+# Of a dense tensor, what is in memory at a time.
+_PIECE = 1 << 23
+# What the matrices that are being rounded may take, and how often rounding holds one in float32.
+_ROUNDING_MEMORY = 2 * 2**30
+_COPIES = 10
 
 
 @dataclass(frozen=True)
-class Job:
-    """All that a conversion will write, known from headers alone.
+class Options:
+    """How a conversion is run; nothing of it changes a byte of the result.
 
     Attributes:
-        shards: {file: {our name: (dtype, shape)}} of dense tensors.
-        packs: {file: (experts, layout)}.
-        nbytes: tensor bytes of all of it.
+        delete_source_shards: remove each shard of the source once all that is made of it is
+            written, durable and read back.
+        workers: items made at a time; None is as many as cores and memory allow.
+        progress: called with (file, bytes finished) as work goes on, by any thread but one by one.
+        tell_error: called with the relative squared error of what was rounded so far.
     """
 
-    shards: dict[str, dict[str, tuple[str, tuple[int, ...]]]]
-    packs: dict[str, tuple[ExpertsSource, RecordLayout]]
-
-    @property
-    def nbytes(self) -> int:
-        dense = sum(_nbytes(entry) for shard in self.shards.values() for entry in shard.values())
-        return dense + sum(x.num_experts * layout.nbytes for x, layout in self.packs.values())
-
-
-def plan_job(source: Source, recipe: Recipe, max_shard_size: int = DEFAULT_SHARD) -> Job:
-    """Lay out the files of a conversion."""
-    hidden, width = source.config.hidden_size, source.config.moe_intermediate_size
-    packs = {
-        pack_file_name(name): (experts, recipe.layout(name, hidden, width))
-        for name, experts in source.experts.items()
-    }
-    shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
-    size = 0
-    for name, entry in source.dense.items():
-        if shards[-1] and size + _nbytes(entry) > max_shard_size:
-            shards.append({})
-            size = 0
-        shards[-1][name] = entry
-        size += _nbytes(entry)
-    count = len(shards)
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    return Job(dict(zip(names, shards, strict=True)), packs)
+    delete_source_shards: bool = False
+    workers: int | None = None
+    progress: Progress | None = None
+    tell_error: Callable[[float], None] | None = None
 
 
 def convert(
@@ -77,6 +68,7 @@ def convert(
     recipe: Recipe,
     max_shard_size: int = DEFAULT_SHARD,
     progress: Progress | None = None,
+    options: Options | None = None,
 ) -> Path:
     """Convert a model directory; a second call with the same arguments continues the first.
 
@@ -85,131 +77,237 @@ def convert(
         target: new, empty, or an unfinished conversion of the same source.
         recipe: formats of the routed experts.
         max_shard_size: bytes of a file of dense tensors.
-        progress: called with (file, bytes finished) as work goes on.
+        progress: short for `Options(progress=...)`.
+        options: how to run.
 
     Raises:
         ValueError: unusable source, a target that holds something else, a full disk.
+        OSError: a file of the source that cannot be read.
     """
     target = Path(target)
-    opened = Source(source)
+    options = options or Options(progress=progress)
+    deleted = options.delete_source_shards
+    opened = open_source(source, target, recipe, max_shard_size, deleted)
+    if opened is None:
+        shutil.rmtree(target / STAGING, ignore_errors=True)
+        return target
     job = plan_job(opened, recipe, max_shard_size)
-    sums = _open_target(opened, target, recipe, max_shard_size)
-    _check_space(job, sums, target)
-    progress = progress or (lambda file, done: None)
-    for file, (experts, layout) in job.packs.items():
-        if not sums.has(target / file):
-            _write_pack(opened, experts, layout, target / file, partial(progress, file))
-            sums.add(target / file)
-            sums.save(target)
-        else:
-            progress(file, experts.num_experts * layout.nbytes)
-    for file, entries in job.shards.items():
-        if not sums.has(target / file):
-            sums.add(target / file, _write_shard(opened, entries, target / file, progress))
-            sums.save(target)
-        else:
-            progress(file, sum(map(_nbytes, entries.values())))
-    _write_small_files(opened, target, recipe, job, sums)
+    sums = _open_sums(opened, target, recipe, max_shard_size)
+    _check_space(opened, job, sums, target)
+    opened.origin.prepare()
+    with _full_disk_explained(target):
+        files = Target(target, job, sums)
+        try:
+            _run(opened, files, options)
+        finally:
+            files.close()
+        if not sums.complete:
+            _write_small_files(opened, target, recipe, job, sums)
+    shutil.rmtree(target / STAGING, ignore_errors=True)
     return target
 
 
-def _open_target(source: Source, target: Path, recipe: Recipe, max_shard_size: int) -> Checksums:
-    """Find what an earlier run finished, or refuse a directory that is not this conversion's."""
+def open_source(
+    source: str | Path, target: Path, recipe: Recipe, max_shard_size: int, delete: bool = False
+) -> Source | None:
+    """Open what is to be converted; None if that is done, and the source gone.
+
+    Args:
+        source: a directory, or OWNER/NAME on the Hub.
+        target, recipe, max_shard_size: as `convert` has them.
+        delete: shards go once they are converted.
+
+    Raises:
+        ValueError: unusable source, a target that holds something else.
+    """
+    _check_target(source, target)
+    remote = is_repository(source)
+    if (delete or remote) and _is_complete(target, recipe, max_shard_size):
+        return None
+    staging = target / STAGING
+    return Source(
+        HubOrigin(str(source), staging) if remote else LocalOrigin(source, staging, delete)
+    )
+
+
+def _check_target(source: str | Path, target: Path) -> None:
+    """Refuse a directory that holds something else than a conversion."""
+    if not target.exists():
+        return
+    if Path(source).exists() and target.samefile(source):
+        raise ValueError(f"{target}: source and target are the same directory; name another target")
+    if not target.is_dir():
+        raise ValueError(f"{target}: wanted a directory to convert into, got a file")
+    if Checksums.load(target) is None and {p.name for p in target.iterdir()} - {STAGING}:
+        raise ValueError(f"{target}: is not empty; give a new directory, or remove what is there")
+
+
+def _is_complete(target: Path, recipe: Recipe, max_shard_size: int) -> bool:
+    """Whether a target holds a finished conversion by this recipe."""
+    sums = Checksums.load(target) if target.is_dir() else None
+    return (
+        sums is not None
+        and sums.complete
+        and sums.job["recipe"] == recipe.to_dict()
+        and sums.job["max_shard_size"] == max_shard_size
+        and all(sums.has(target / name) for name in sums.files)
+    )
+
+
+def _open_sums(source: Source, target: Path, recipe: Recipe, max_shard_size: int) -> Checksums:
+    """Find what an earlier run finished, or refuse what is not this conversion's."""
     job: dict[str, Any] = {
         "source": source.fingerprint,
         "recipe": recipe.to_dict(),
         "max_shard_size": max_shard_size,
+        **source.origin.identity,
     }
-    if target.exists() and target.samefile(source.directory):
-        raise ValueError(f"{target}: source and target are the same directory; name another target")
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target}: wanted a directory to convert into, got a file")
     sums = Checksums.load(target) if target.exists() else None
-    if sums is None and target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target}: is not empty; give a new directory, or remove what is there")
     if sums is not None and sums.job != job:
         raise ValueError(
             f"{target}: holds the conversion of another source or with other options; give a new "
             "directory, or repeat the options it was begun with"
         )
-    if sums is None:
-        target.mkdir(parents=True, exist_ok=True)
-        sums = Checksums(job)
-        sums.save(target)
-    return sums
+    return sums if sums is not None else Checksums(job)
 
 
-def _check_space(job: Job, sums: Checksums, target: Path) -> None:
-    # A pack also has a header and checksums; a megabyte covers both for any model.
+def _check_space(source: Source, job: Job, sums: Checksums, target: Path) -> None:
+    origin = source.origin
     done = sum(s.nbytes for name, s in sums.files.items() if sums.has(target / name))
-    wanted = job.nbytes + 2**20 * len(job.packs) - done
-    free = shutil.disk_usage(target).free
+    for name, keys in sums.done.items():
+        done += sum(item.nbytes for item in job.files[name].items if item.key in keys)
+    # A megabyte covers config.json, the index and the checksums of any model.
+    wanted = space_wanted(source, job) - done + 2**20
+    where = next(path for path in (target, *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(where).free
     if wanted > free:
         raise ValueError(
             f"{target}: wanted {format_size(wanted)} of free disk, got {format_size(free)}; "
             "free some, or convert to another disk"
+            + (", or add --delete-source-shards" if origin.keeps else "")
         )
 
 
-def _write_pack(
-    source: Source,
-    experts: ExpertsSource,
-    layout: RecordLayout,
-    path: Path,
-    progress: Callable[[int], None],
+def space_wanted(source: Source, job: Job) -> int:
+    """Bytes of free disk that a conversion wants at most."""
+    origin = source.origin
+    return peak_disk(job, origin.sizes, origin.fetched, not origin.keeps and not origin.fetched)
+
+
+def _run(source: Source, target: Target, options: Options) -> None:
+    """Make all items, step by step, and let the source's shards go."""
+    job, origin = target.job, source.origin
+    steps = job.steps(source.shards)
+    last = last_uses(steps)
+    told = _Told(options)
+    for name in job.files:
+        if done := target.done_bytes(name):
+            told.progress(name, done)
+    workers = options.workers or count_workers(source, job)
+    for number, items in enumerate(steps):
+        todo = [item for item in items if not target.is_done(item)]
+        for shard in sorted({shard for item in todo for shard in item.needs}):
+            origin.fetch(shard)
+        try:
+            _run_items(source, target, todo, workers, told)
+        finally:
+            target.commit()
+        leaving = [s for s in source.shards if last.get(s, 0) == number and origin.holds(s)]
+        if leaving and not origin.keeps:
+            target.check(items)
+            for shard in leaving:
+                origin.release(shard)
+
+
+def _run_items(
+    source: Source, target: Target, items: list[Item], workers: int, told: "_Told"
 ) -> None:
-    with PackWriter(path, experts.name, experts.num_experts, layout) as writer:
-        for e in range(experts.num_experts):
-            writer.write(encode_expert(source, experts, e, layout))
-            progress(layout.nbytes)
+    threads = torch.get_num_threads()
+    # Each worker computes alone; threads of a thread would wait for each other.
+    share = max(threads // workers, 1)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+        running: dict[Future[int], Item] = {}
+        left = iter(items)
+        try:
+            while True:
+                while len(running) <= workers and (item := next(left, None)) is not None:
+                    running[pool.submit(_make, source, target, item, told)] = item
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    target.finish(running.pop(future), future.result())
+        finally:
+            for future in running:
+                future.cancel()
+            torch.set_num_threads(threads)
 
 
-def encode_expert(
-    source: Source, experts: ExpertsSource, expert: int, layout: RecordLayout
-) -> torch.Tensor:
-    """One expert's record: bytes as they are where the format stays, else rounded anew."""
-    parts = {}
-    for projection, given in source.expert(experts.name, expert).items():
-        wanted = get_format(layout.format(projection))
-        held = experts.weight_format
-        if held is not None and held.name == wanted.name:
-            parts[projection] = given
-        else:
-            weight = given[""] if held is None else held.unpack(given, torch.float32)
-            parts[projection] = wanted.pack(weight)
-    return layout.encode(parts)
+def _make(source: Source, target: Target, item: Item, told: "_Told") -> int:
+    """Make and write one item; returns its checksum."""
+    pack = target.job.files[item.file].pack
+    if pack is not None:
+        experts, layout = pack
+        expert = int(item.key)
+        made = encode_expert(source, experts, expert, layout.of(expert))
+        raw = made.record.numpy().data
+        target.write(item, raw)
+        told.rounded(made.error, made.power)
+        told.progress(item.file, item.nbytes)
+        return zlib.crc32(raw)
+    place = source.raw(item.key)
+    if place is None:
+        raw = source.get(item.key).flatten().view(torch.uint8).numpy().data
+        target.write(item, raw)
+        told.progress(item.file, item.nbytes)
+        return zlib.crc32(raw)
+    crc, buffer = 0, memoryview(bytearray(min(_PIECE, item.nbytes)))
+    for at in range(0, item.nbytes, _PIECE):
+        piece = buffer[: min(_PIECE, item.nbytes - at)]
+        source.read_into(place, piece, at)
+        target.write(item, piece, at)
+        crc = zlib.crc32(piece, crc)
+        told.progress(item.file, len(piece))
+    return crc
 
 
-def _write_shard(
-    source: Source,
-    entries: dict[str, tuple[str, tuple[int, ...]]],
-    path: Path,
-    progress: Progress,
-) -> dict[str, int]:
-    """Write one file of dense tensors; returns their checksums."""
-    tensors: dict[str, int] = {}
+def count_workers(source: Source, job: Job) -> int:
+    """Items to make at a time: all cores, unless rounding would take too much memory."""
+    rounds = any(
+        not keeps_bytes(experts, layout, projection)
+        for experts, pack in job.packs.values()
+        for layout in pack.layouts
+        for projection in PROJECTIONS
+    )
+    matrix = 4 * source.config.hidden_size * source.config.moe_intermediate_size
+    fit = _ROUNDING_MEMORY // (_COPIES * matrix) if rounds else 64
+    return max(1, min(len(os.sched_getaffinity(0)), fit))
 
-    def get(name: str) -> torch.Tensor:
-        tensor = source.get(name)
-        tensors[name] = tensor_checksum(tensor)
-        progress(path.name, tensor.nbytes)
-        return tensor
 
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        write_file(beside, entries, get)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    beside.replace(path)
-    return tensors
+class _Told:
+    """Progress from many threads, told one by one."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._lock = Lock()
+        self._error = self._power = 0.0
+
+    def progress(self, file: str, done: int) -> None:
+        if self._options.progress is not None:
+            with self._lock:
+                self._options.progress(file, done)
+
+    def rounded(self, error: float, power: float) -> None:
+        with self._lock:
+            self._error, self._power = self._error + error, self._power + power
+            if self._options.tell_error is not None and self._power:
+                self._options.tell_error(self._error / self._power)
 
 
 def _write_small_files(
     source: Source, target: Path, recipe: Recipe, job: Job, sums: Checksums
 ) -> None:
     weight_map = {name: file for file, entries in job.shards.items() for name in entries}
-    total = sum(_nbytes(entry) for entries in job.shards.values() for entry in entries.values())
+    total = sum(entry_bytes(entry) for entries in job.shards.values() for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_text(target / INDEX, json.dumps(index, indent=1))
     for path in source.beside():
@@ -223,7 +321,7 @@ def _write_small_files(
         sums.add(target / name)
     sums.complete = True
     sums.save(target)
-    _sync(target)
+    sync_directory(target)
 
 
 def quantized_config(config: Dsv4Config, recipe: Recipe, job: Job) -> Dsv4Config:
@@ -231,31 +329,27 @@ def quantized_config(config: Dsv4Config, recipe: Recipe, job: Job) -> Dsv4Config
     config = copy.deepcopy(config)
     dense = dict(getattr(config, "quantization_config", None) or {})
     dense.pop("expert_dtype", None)
-    layouts = {json.dumps(layout.to_dict()): layout.to_dict() for _, layout in job.packs.values()}
+    found = dict.fromkeys(layout for _, pack in job.packs.values() for layout in pack.layouts)
     config.quantization_config = {
         **dense,
         "quant_method": METHOD,
         "recipe": recipe.to_dict(),
-        "packs": list(layouts.values()),
+        "packs": [layout.to_dict() for layout in found],
     }
     return config
 
 
-def _nbytes(entry: tuple[str, tuple[int, ...]]) -> int:
-    dtype, shape = entry
-    size = DTYPES[dtype].itemsize
-    for n in shape:
-        size *= n
-    return size
-
-
-def _sync(directory: Path) -> None:
-    """Make the renames themselves lasting."""
-    descriptor = os.open(directory, os.O_RDONLY)
+@contextmanager
+def _full_disk_explained(target: Path) -> Iterator[None]:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"{target}: the disk is full; what is written so far is kept. Free some and run the "
+            "same command again"
+        ) from error
 
 
-__all__ = ["Job", "convert", "encode_expert", "plan_job", "quantized_config"]
+__all__ = ["Options", "convert", "open_source", "plan_job", "quantized_config"]

@@ -18,7 +18,7 @@ from modeling_dsv4.moe import Dsv4Experts, ExpertsBase, Linear, StackedWeight
 from modeling_dsv4.storage import frozen_linear, weight_tiles
 
 from .checksums import FILE as CHECKSUMS
-from .pack import PackFile, PackWriter, RecordLayout, pack_file_name
+from .pack import PackFile, PackLayout, PackWriter, pack_file_name
 from .store import ExpertStore, ReadCounts
 
 
@@ -30,8 +30,8 @@ class StoredExperts(ExpertsBase):
 
     Attributes:
         name: module path, and prefix of the tensors in the pack.
-        layout: what is in a record.
-        packed: [E, record] uint8 if resident, else None; moves with the model.
+        layout: what is in each expert's record.
+        packed: [E, record] or [bytes] uint8 if resident, else None; moves with the model.
         store: where records come from if they are on disk, else None.
     """
 
@@ -44,7 +44,7 @@ class StoredExperts(ExpertsBase):
         hidden_size: int,
         intermediate_size: int,
         swiglu_limit: float | None,
-        layout: RecordLayout,
+        layout: PackLayout,
     ) -> None:
         super().__init__(num_experts, hidden_size, intermediate_size, swiglu_limit)
         self.name = name
@@ -75,14 +75,16 @@ class StoredExperts(ExpertsBase):
         Raises:
             ValueError: another module's, another number of experts, another layout.
         """
-        wanted = (self.name, self.num_experts, self.layout)
-        got = (pack.name, pack.num_experts, pack.layout)
-        for what, w, g in zip(("module", "number of experts", "layout"), wanted, got, strict=True):
-            if w != g:
-                raise ValueError(
-                    f"{pack.path}: wanted an expert pack with {what} {w}, got {g}; it does not "
-                    "belong to this config.json"
-                )
+        for what, wanted, got in (
+            ("module", self.name, pack.name),
+            ("number of experts", self.num_experts, pack.num_experts),
+        ):
+            if wanted != got:
+                raise _foreign(pack, what, wanted, got)
+        for e in range(self.num_experts):
+            if self.layout.of(e) != pack.layout.of(e):
+                what = f"the layout of expert {e}"
+                raise _foreign(pack, what, self.layout.of(e), pack.layout.of(e))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -95,14 +97,16 @@ class StoredExperts(ExpertsBase):
             self.store.announce(self._layer, experts)
 
     def stacked(self) -> tuple[StackedWeight, StackedWeight] | None:
-        if self.packed is None:
+        layout = self.layout.uniform
+        # Experts in different formats are no single tensor: they are computed one by one.
+        if self.packed is None or layout is None:
             return None
-        parts = self.layout.decode(self.packed)
+        parts = layout.decode(self.packed)
         # w1 and w3 are apart in a record: [E, 2, F, ...]; the kernels count rows through both.
         gate_up = {part: tensor.flatten(1, 2) for part, tensor in parts["gate_up_proj"].items()}
         return (
-            StackedWeight(gate_up, get_format(self.layout.format("gate_up_proj"))),
-            StackedWeight(parts["down_proj"], get_format(self.layout.format("down_proj"))),
+            StackedWeight(gate_up, get_format(layout.format("gate_up_proj"))),
+            StackedWeight(parts["down_proj"], get_format(layout.format("down_proj"))),
         )
 
     def open_expert(self, expert: int) -> tuple[Linear, Linear]:
@@ -111,7 +115,8 @@ class StoredExperts(ExpertsBase):
         return gate_up, self._linear(expert, "down_proj", last=True)
 
     def _linear(self, expert: int, projection: str, last: bool) -> Linear:
-        weight_format = get_format(self.layout.format(projection))
+        layout = self.layout.of(expert)
+        weight_format = get_format(layout.format(projection))
 
         def multiply(x: torch.Tensor) -> torch.Tensor:
             backward = False
@@ -120,7 +125,7 @@ class StoredExperts(ExpertsBase):
                 nonlocal backward
                 final, backward = last != backward, True
                 with self._record(expert, final) as record:
-                    parts = self.layout.decode(record)[projection]
+                    parts = layout.decode(record)[projection]
                     parts = {part: tensor.to(x.device) for part, tensor in parts.items()}
                     yield from weight_tiles(parts, weight_format, dtype)
 
@@ -131,7 +136,7 @@ class StoredExperts(ExpertsBase):
     @contextmanager
     def _record(self, expert: int, last: bool) -> Iterator[torch.Tensor]:
         if self.packed is not None:
-            yield self.packed[expert]
+            yield self.layout.record(self.packed, expert)
         elif self.store is not None:
             with self.store.record(self._layer, expert, last) as record:
                 yield record
@@ -140,10 +145,11 @@ class StoredExperts(ExpertsBase):
 
     def expert_weights(self, expert: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """One expert dequantized: [2F, D] and [D, F]."""
+        layout = self.layout.of(expert)
         with self._record(expert, last=True) as record:
-            parts = self.layout.decode(record)
+            parts = layout.decode(record)
             gate_up, down = (
-                get_format(self.layout.format(p)).unpack(parts[p], dtype)
+                get_format(layout.format(p)).unpack(parts[p], dtype)
                 for p in ("gate_up_proj", "down_proj")
             )
         return gate_up.flatten(0, 1), down
@@ -167,8 +173,7 @@ class StoredExperts(ExpertsBase):
         """Bytes by tier of records on disk, and of their buffers; resident ones are a buffer."""
         if self.store is None:
             return {}
-        on_disk = self.num_experts * self.layout.nbytes
-        return {"cpu": self.store.layer_bytes(self._layer), "disk": on_disk}
+        return {"cpu": self.store.layer_bytes(self._layer), "disk": self.layout.nbytes}
 
     def save_files(self, directory: str | Path) -> None:
         """Write this layer's pack into a directory; part of `save_pretrained`.
@@ -178,9 +183,10 @@ class StoredExperts(ExpertsBase):
         (Path(directory) / CHECKSUMS).unlink(missing_ok=True)
         target = Path(directory) / pack_file_name(self.name)
         if self.packed is not None:
-            with PackWriter(target, self.name, self.num_experts, self.layout) as writer:
-                for record in self.packed.cpu():
-                    writer.write(record)
+            with PackWriter(target, self.name, self.layout) as writer:
+                records = self.packed.cpu()
+                for e in range(self.num_experts):
+                    writer.write(self.layout.record(records, e))
         elif self.store is not None:
             source = self.store.packs[self._layer].path
             if target.exists() and target.samefile(source):
@@ -192,7 +198,16 @@ class StoredExperts(ExpertsBase):
             raise ValueError(f"{self.name}: nothing to save, its expert pack was never attached")
 
     def extra_repr(self) -> str:
-        formats = "/".join(name for _, name in self.layout.formats)
+        formats = ", ".join(
+            "/".join(name for _, name in layout.formats) for layout in self.layout.layouts
+        )
         where = "resident" if self.packed is not None else "on disk"
         sizes = f"{self.num_experts}, {self.hidden_size}, {self.intermediate_size}"
         return f"{sizes}, {formats}, {where}"
+
+
+def _foreign(pack: PackFile, what: str, wanted: object, got: object) -> ValueError:
+    return ValueError(
+        f"{pack.path}: wanted an expert pack with {what} {wanted}, got {got}; it does not belong "
+        "to this config.json"
+    )

@@ -23,7 +23,7 @@ from modeling_dsv4.weight_map import Inventory, our_inventory
 from .config import METHOD, Dsv4QuantizationConfig, Recipe
 from .experts import StoredExperts
 from .memory import available_memory
-from .pack import PackFile, pack_file_name
+from .pack import PackFile, PackLayout, pack_file_name
 from .sizes import format_size
 from .store import ExpertStore
 
@@ -78,7 +78,7 @@ def store_experts(model: nn.Module, recipe: Recipe) -> None:
         if not isinstance(plain, Dsv4Experts):
             continue
         name, sizes = prefix + path, (plain.hidden_size, plain.intermediate_size)
-        layout = recipe.layout(name, *sizes)
+        layout = PackLayout.build(name, plain.num_experts, *sizes, recipe.format_of)
         empty = StoredExperts(name, plain.num_experts, *sizes, plain.swiglu_limit, layout)
         _replace(model, path, empty)
 
@@ -102,7 +102,7 @@ def attach(model: nn.Module, packs: list[PackFile], expert_memory: int | None = 
     if budget is None:
         budget = max(
             int(_DEFAULT_SHARE * available_memory()),
-            max((pack.layout.nbytes for pack in packs), default=0),
+            max((pack.layout.largest for pack in packs), default=0),
         )
     left = []
     for (path, module), pack in zip(modules, packs, strict=True):
@@ -111,7 +111,7 @@ def attach(model: nn.Module, packs: list[PackFile], expert_memory: int | None = 
         else:
             left.append((module, pack))
     if left:
-        largest = max(pack.layout.nbytes for _, pack in left)
+        largest = max(pack.layout.largest for _, pack in left)
         rest = max(budget - total, largest) if total <= budget else budget
         store = ExpertStore([pack for _, pack in left], rest)
         for layer, (module, _) in enumerate(left):

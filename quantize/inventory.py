@@ -10,6 +10,7 @@ from modeling_dsv4.safetensors_file import DTYPES
 from modeling_dsv4.weight_map import official_inventory
 
 from .config import Recipe
+from .pack import PackLayout
 from .placement import ModelSizes
 
 _PARTS = (
@@ -41,14 +42,13 @@ def model_sizes(config: Dsv4Config, recipe: Recipe, context: int = 65536) -> Mod
     """
     parts = part_bytes(_without_packs(config))
     layers, experts = config.num_hidden_layers, config.n_routed_experts
+    widths = config.hidden_size, config.moe_intermediate_size
     records = [
-        recipe.layout(
-            f"model.layers.{i}.mlp.experts", config.hidden_size, config.moe_intermediate_size
-        ).nbytes
+        PackLayout.build(f"model.layers.{i}.mlp.experts", experts, *widths, recipe.format_of)
         for i in range(layers)
     ]
     return ModelSizes(
-        expert=-(-sum(records) // layers),
+        expert=-(-sum(pack.nbytes for pack in records) // (layers * experts)),
         num_experts=layers * experts,
         experts_per_token=layers * config.num_experts_per_tok,
         dense=parts["dense"],

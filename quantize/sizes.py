@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes and rates as people write them: 2GiB, 2GB, 12GB/s."""
+"""Sizes, rates and times as people write them: 2GiB, 2GB, 12GB/s, 7.5 h."""
 
 import re
 
@@ -46,3 +46,10 @@ def format_size(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB" if size < 999.5 else f"{size:.0f} TB"
+
+
+def format_time(seconds: float) -> str:
+    """Write a time in its largest unit: 90 s, 25 min, 7.5 h."""
+    if seconds < 99.5:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"

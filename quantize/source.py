@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from modeling_dsv4.checkpoint import detect_layout, fit_config
+from modeling_dsv4.checkpoint import fit_config, layout_of
 from modeling_dsv4.configuration_dsv4 import Dsv4Config
 from modeling_dsv4.engram_hash import DEAD, build_token_map, check_token_map
 from modeling_dsv4.formats import WeightFormat, fp8_block_format, get_format
-from modeling_dsv4.safetensors_file import DTYPES, Shards, TensorInfo
+from modeling_dsv4.safetensors_file import DTYPES, SINGLE, TensorInfo, join_headers, read_index
 from modeling_dsv4.weight_map import (
     TOKEN_MAP,
     fused_to_ours,
@@ -24,6 +24,7 @@ from modeling_dsv4.weight_map import (
     release_storage,
 )
 
+from .origin import LocalOrigin, Origin
 from .pack import read_exactly
 
 Entry = tuple[str, tuple[int, ...]]
@@ -32,16 +33,16 @@ _FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows [start, end) in bytes of a file, as a matrix of a dtype and shape."""
+    """Bytes [start, end) of a shard, as a matrix of a dtype and shape."""
 
-    path: Path
+    shard: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
 
     @classmethod
-    def of(cls, path: Path, info: TensorInfo, expert: int | None, halves: int = 1) -> "Slice":
+    def of(cls, shard: str, info: TensorInfo, expert: int | None, halves: int = 1) -> "Slice":
         """Cut expert `expert` [E, ...] out of a stacked tensor, or take the whole of one.
 
         `halves` cuts the rows once more: [2F, D] becomes [2, F, D].
@@ -52,15 +53,7 @@ class Slice:
             start, end, shape = start + expert * size, start + (expert + 1) * size, shape[1:]
         if halves > 1:
             shape = (halves, shape[0] // halves, *shape[1:])
-        return cls(path, info.dtype, shape, start, end)
-
-    def read(self) -> torch.Tensor:
-        """Read the bytes into new memory; OSError if the file ends before them."""
-        out = torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        view = out.flatten().view(torch.uint8).numpy().data
-        with self.path.open("rb") as file:
-            read_exactly(self.path, file.fileno(), view, self.start)
-        return out
+        return cls(shard, info.dtype, shape, start, end)
 
 
 @dataclass(frozen=True)
@@ -82,27 +75,29 @@ class Source:
     """Headers of a checkpoint, checked against its config.json; data is read when asked for.
 
     Args:
-        directory: our own layout, a release's, or either of transformers' own.
+        source: a directory in our own layout, a release's, or either of transformers' own; or
+            where else its files come from.
 
     Raises:
         ValueError: broken files; missing, extra or misshapen tensors; an already converted model.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        if not (self.directory / "config.json").is_file():
-            raise ValueError(f"{directory}: wanted a directory with config.json, found none")
+    def __init__(self, source: str | Path | Origin) -> None:
+        self.origin = LocalOrigin(source) if isinstance(source, str | Path) else source
+        self.directory = self.origin.directory
         self.config = Dsv4Config.from_pretrained(self.directory)
         stored = getattr(self.config, "quantization_config", None) or {}
         if stored and stored.get("quant_method") != "dsv4_release":
             raise ValueError(
-                f"{directory}: wanted a plain model or a release, got one quantized by "
+                f"{self.origin.name}: wanted a plain model or a release, got one quantized by "
                 f"{stored.get('quant_method')!r}; convert the model it was made from"
             )
-        self.shards = Shards(self.directory)
-        layout = detect_layout(self.directory)
+        self._files = self._find_files()
+        headers = {Path(shard): header for shard, header in self.origin.headers.items()}
+        self._info = join_headers(self.directory, self._files, headers)
+        layout = layout_of(self.origin.name, list(self._info))
         rename = {"transformers_hybrid": hybrid_to_official, "transformers_fused": fused_to_ours}
-        self._stored = {rename.get(layout, str)(name): name for name in self.shards.info}
+        self._stored = {rename.get(layout, str)(name): name for name in self._info}
         fit_config(self.config, self._stored)
         self.dense: dict[str, Entry] = {}
         self.experts: dict[str, ExpertsSource] = {}
@@ -117,16 +112,29 @@ class Source:
     @property
     def fingerprint(self) -> int:
         """Changes when the source's names, shapes, files or configuration do."""
-        headers = sorted((n, i.dtype, i.shape, i.start) for n, i in self.shards.info.items())
-        sizes = sorted((p.name, p.stat().st_size) for p in set(self.shards.files.values()))
+        headers = sorted((n, i.dtype, i.shape, i.start) for n, i in self._info.items())
+        sizes = sorted(self.origin.sizes.items())
         return zlib.crc32(json.dumps([headers, sizes, self.config.to_dict()], default=str).encode())
 
+    @property
+    def shards(self) -> list[str]:
+        """Names of the shards in their order."""
+        return sorted(self.origin.headers)
+
     def get(self, name: str) -> torch.Tensor:
-        """Return a dense tensor under our name, mapped from its file where nothing is changed."""
+        """Read a dense tensor under our name."""
         if name == TOKEN_MAP and name not in self._stored:
             return self._token_map()
-        tensor = self.shards.get(self._dense_names[name])
+        stored = self._dense_names[name]
+        tensor = self.read(Slice.of(self._files[stored].name, self._info[stored], None))
         return tensor.float() if self._kinds.get(name) == "f32" else tensor
+
+    def raw(self, name: str) -> Slice | None:
+        """Where a dense tensor's bytes are; None if they are made or changed in reading."""
+        stored = self._dense_names.get(name)
+        if stored is None or self._info[stored].dtype != self.dense[name][0]:
+            return None
+        return Slice.of(self._files[stored].name, self._info[stored], None)
 
     def expert(self, name: str, expert: int) -> dict[str, dict[str, torch.Tensor]]:
         """Read one expert: {"gate_up_proj" | "down_proj": {part: tensor}}.
@@ -134,12 +142,46 @@ class Source:
         gate_up is [2, F, ...], down [D, ...]; a plain weight is its own part "".
         """
         found: dict[str, dict[str, torch.Tensor]] = {"gate_up_proj": {}, "down_proj": {}}
+        for (projection, part), slices in self.expert_slices(name, expert).items():
+            read = [self.read(s) for s in slices]
+            found[projection][part] = torch.stack(read) if len(read) > 1 else read[0]
+        return found
+
+    def expert_slices(self, name: str, expert: int) -> dict[tuple[str, str], list[Slice]]:
+        """Where one expert's bytes are: {(projection, part): matrices, w1 before w3}."""
+        found = {}
         for part, slices in self._slices[name, expert].items():
             projection = "gate_up_proj" if part.startswith("gate_up_proj") else "down_proj"
-            read = [s.read() for s in slices]
-            tensor = torch.stack(read) if len(read) > 1 else read[0]
-            found[projection][part.removeprefix(projection)] = tensor
+            found[projection, part.removeprefix(projection)] = slices
         return found
+
+    def needs(self, name: str, expert: int | None = None) -> frozenset[str]:
+        """Shards that hold a dense tensor, or an expert of the experts module `name`."""
+        if expert is not None:
+            slices = self._slices[name, expert].values()
+            return frozenset(s.shard for parts in slices for s in parts)
+        stored = self._dense_names.get(name)
+        return frozenset() if stored is None else frozenset({self._files[stored].name})
+
+    def read(self, place: Slice) -> torch.Tensor:
+        """Read bytes into new memory."""
+        out = torch.empty(place.shape, dtype=DTYPES[place.dtype])
+        self.read_into(place, out.flatten().view(torch.uint8).numpy().data)
+        return out
+
+    def read_into(self, place: Slice, view: memoryview, skip: int = 0) -> None:
+        """Fill a view with a slice's bytes from `skip` on; OSError if the file ends before them."""
+        path = self.origin.fetch(place.shard)
+        with path.open("rb", buffering=0) as file:
+            read_exactly(path, file.fileno(), view, place.start + skip)
+
+    def _find_files(self) -> dict[str, Path]:
+        """{tensor: shard}; the index counts even if shards that it names are gone by now."""
+        headers = self.origin.headers
+        if set(headers) == {SINGLE}:
+            return dict.fromkeys(headers[SINGLE], Path(SINGLE))
+        index = read_index(self.directory, present=False)
+        return {name: Path(path.name) for name, path in index.items()}
 
     def _find_pieces(self) -> None:
         """One tensor per expert: the official layout, and the names of transformers' default."""
@@ -148,7 +190,7 @@ class Source:
         weight_format = self._experts_format()
         for official, piece in wanted.items():
             stored = self._stored[official]
-            info = self.shards.info[stored]
+            info = self._info[stored]
             if piece.expert is None:
                 self._dense_names[piece.ours] = stored
                 self._add_dense(piece.ours, piece.kind, info)
@@ -156,7 +198,7 @@ class Source:
             module, _, part = piece.ours.rpartition(".")
             slices = self._slices.setdefault((module, piece.expert), {})
             # w1 stands before w3 in the table of names.
-            slices.setdefault(part, []).append(Slice.of(self.shards.files[stored], info, None))
+            slices.setdefault(part, []).append(Slice.of(self._files[stored].name, info, None))
             self.experts[module] = ExpertsSource(module, piece.expert + 1, weight_format)
         if self.config.engram_layer_ids:
             self.dense[TOKEN_MAP] = ("I64", (self.config.vocab_size,))
@@ -171,16 +213,16 @@ class Source:
         self._dense_names = dict(self._stored)
         weight_format = self._experts_format()
         for name in wanted:
-            info = self.shards.info[self._stored[name]]
+            info = self._info[self._stored[name]]
             module, _, part = name.rpartition(".")
             if not module.endswith(".mlp.experts"):
                 self._add_dense(name, kinds.get(name, "i64"), info)
                 continue
             self.experts[module] = ExpertsSource(module, info.shape[0], weight_format)
-            path = self.shards.files[self._stored[name]]
+            shard = self._files[self._stored[name]].name
             halves = 2 if part.startswith("gate_up_proj") else 1
             for e in range(info.shape[0]):
-                cut = Slice.of(path, info, e, halves)
+                cut = Slice.of(shard, info, e, halves)
                 self._slices.setdefault((module, e), {})[part] = [cut]
         if self.config.engram_layer_ids:
             self.dense[TOKEN_MAP] = ("I64", (self.config.vocab_size,))
@@ -198,7 +240,7 @@ class Source:
         return get_format(storage.experts) if storage.experts else None
 
     def _check(self, wanted: Mapping[str, Entry]) -> None:
-        info = {name: self.shards.info[stored] for name, stored in self._stored.items()}
+        info = {name: self._info[stored] for name, stored in self._stored.items()}
         problems = {
             "missing": [n for n in wanted if n not in info],
             "not expected": [n for n in info if n not in wanted],
@@ -209,7 +251,7 @@ class Source:
         told = [f"{len(n)} {what} ({', '.join(n[:3])})" for what, n in problems.items() if n]
         if told:
             raise ValueError(
-                f"{self.directory}: its tensors do not fit its config.json: {'; '.join(told)}"
+                f"{self.origin.name}: its tensors do not fit its config.json: {'; '.join(told)}"
             )
 
     def _token_map(self) -> torch.Tensor:

@@ -97,14 +97,12 @@ class ExpertStore:
         page_cache: bool = True,
     ) -> None:
         self.packs = tuple(packs)
-        # One size of buffer, so that any buffer can hold any record.
-        self.slot_bytes = max(pack.layout.nbytes for pack in self.packs)
-        self.capacity = budget // self.slot_bytes
+        largest = max(pack.layout.largest for pack in self.packs)
         self.budget = budget
-        if not self.capacity:
+        if budget < largest:
             raise ValueError(
-                f"expert_memory: wanted at least one expert of {self.slot_bytes} bytes "
-                f"({format_size(self.slot_bytes)}), got {budget} ({format_size(budget)})"
+                f"expert_memory: wanted at least one expert of {largest} bytes "
+                f"({format_size(largest)}), got {budget} ({format_size(budget)})"
             )
         self.counts = [ReadCounts() for _ in self.packs]
         self._page_cache = page_cache
@@ -113,6 +111,7 @@ class ExpertStore:
         self._checked: set[Key] = set()
         self._slots: OrderedDict[Key, _Slot] = OrderedDict()
         self._free: list[torch.Tensor] = []
+        # Bytes of all buffers: each is as large as the record that it was made for.
         self._allocated = 0
         # What the running layer still needs, in the order of use; and of that, what is not read.
         self._wanted: dict[Key, None] = {}
@@ -137,12 +136,12 @@ class ExpertStore:
     @property
     def resident_bytes(self) -> int:
         """Bytes of all buffers, never more than the budget."""
-        return self._allocated * self.slot_bytes
+        return self._allocated
 
     def layer_bytes(self, layer: int) -> int:
         """Bytes of the buffers that hold records of one layer."""
         with self._changed:
-            return self.slot_bytes * sum(1 for key in self._slots if key[0] == layer)
+            return sum(slot.buffer.nbytes for key, slot in self._slots.items() if key[0] == layer)
 
     def announce(self, layer: int, experts: Sequence[int]) -> None:
         """Say which experts of a layer come next, in order; their reads start at once."""
@@ -171,7 +170,7 @@ class ExpertStore:
         slot = self._pin(key)
         try:
             self._wait(layer, slot)
-            yield slot.buffer[: self.packs[layer].layout.nbytes]
+            yield slot.buffer
         finally:
             self._unpin(key, slot, last)
 
@@ -183,7 +182,7 @@ class ExpertStore:
     def _pin(self, key: Key) -> _Slot:
         with self._changed:
             while (slot := self._slots.get(key)) is None:
-                buffer = self._take_buffer(insist=True)
+                buffer = self._take_buffer(self._size(key), insist=True)
                 if buffer is not None:
                     slot = self._start_read(key, buffer)
                     break
@@ -222,7 +221,7 @@ class ExpertStore:
     def _read_ahead(self) -> None:
         while self._unread:
             if self._unread[0] not in self._slots:
-                buffer = self._take_buffer(insist=False)
+                buffer = self._take_buffer(self._size(self._unread[0]), insist=False)
                 if buffer is None:
                     return
                 self._start_read(self._unread[0], buffer)
@@ -238,26 +237,44 @@ class ExpertStore:
         with self._changed:
             self._changed.notify_all()
 
-    def _take_buffer(self, insist: bool) -> torch.Tensor | None:
-        """Find a buffer: unused, new, or the least recently used that nobody needs.
+    def _size(self, key: Key) -> int:
+        return self.packs[key[0]].span(key[1])[1]
 
-        With `insist` also one that the running layer still wants, the last wanted first.
+    def _take_buffer(self, size: int, insist: bool) -> torch.Tensor | None:
+        """Find a buffer of `size` bytes: unused, new, or of the least recently used records.
+
+        Nobody needs those; with `insist` also some that the running layer still wants, the last
+        wanted first. Nothing is evicted if that would not do.
         """
-        if self._free:
-            return self._free.pop()
-        if self._allocated < self.capacity:
-            self._allocated += 1
-            # Anonymous and page aligned; pages are only taken when a record is read into them.
-            return torch.frombuffer(mmap.mmap(-1, self.slot_bytes), dtype=torch.uint8)
-        idle = [k for k, slot in self._slots.items() if not slot.pins and slot.read.done()]
-        unwanted = (key for key in idle if key not in self._wanted)
-        victim = next(unwanted, None)
-        if victim is None and insist:
-            order = {key: i for i, key in enumerate(self._wanted)}
-            victim = max(idle, key=order.__getitem__, default=None)
-        if victim is None:
+        unused = next((i for i, free in enumerate(self._free) if free.nbytes == size), None)
+        if unused is not None:
+            return self._free.pop(unused)
+        room = self.budget - self._allocated + sum(free.nbytes for free in self._free)
+        victims: list[Key] = []
+        for key in self._evictable(insist) if room < size else ():
+            victims.append(key)
+            room += self._slots[key].buffer.nbytes
+            if room >= size:
+                break
+        if room < size:
             return None
-        return self._recycle(self._slots.pop(victim).buffer)
+        self._free += [self._recycle(self._slots.pop(key).buffer) for key in victims]
+        same = next((i for i, free in enumerate(self._free) if free.nbytes == size), None)
+        if same is not None:
+            return self._free.pop(same)
+        while self._allocated + size > self.budget:
+            self._allocated -= self._free.pop().nbytes
+        self._allocated += size
+        # Anonymous and page aligned; pages are only taken when a record is read into them.
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+
+    def _evictable(self, insist: bool) -> Iterator[Key]:
+        idle = [k for k, slot in self._slots.items() if not slot.pins and slot.read.done()]
+        yield from (key for key in idle if key not in self._wanted)
+        if insist:
+            order = {key: i for i, key in enumerate(self._wanted)}
+            wanted = (key for key in idle if key in order)
+            yield from sorted(wanted, key=order.__getitem__, reverse=True)
 
     def _recycle(self, buffer: torch.Tensor) -> torch.Tensor:
         """Hand out the buffer of an evicted record."""
@@ -265,10 +282,10 @@ class ExpertStore:
 
     def _read(self, key: Key, buffer: torch.Tensor) -> None:
         layer, expert = key
-        pack, size = self.packs[layer], self.packs[layer].layout.nbytes
-        start = pack.offset + expert * size
+        pack = self.packs[layer]
+        start, size = pack.span(expert)
         descriptor = self._open(layer)
-        view = buffer.numpy().data[:size]
+        view = buffer.numpy().data
         read_exactly(pack.path, descriptor, view, start)
         if key not in self._checked:
             pack.check_record(expert, view, self._checksums[layer][expert])

@@ -288,7 +288,7 @@ def attend(
         scale: of the scores.
         reads: `first` [B, S], the first key that a query may see (its document's); then either
             `ids` [B, S, K], below zero = none, or the range of entries `begin` to `end` [B, S].
-        turn: [B, S, R/2] complex: the output's last R channels are turned by its conjugate.
+        turn: [B, S, R/2, 2] cosine and sine: the output's last R channels are turned back by it.
         tile: measured sizes of this device by default.
         splits: programs that share the keys of one query; by default enough to fill the device.
 
@@ -298,7 +298,7 @@ def attend(
     c = q.shape[-1]
     if q.numel() == 0:
         return q * 1.0
-    real = None if turn is None else torch.view_as_real(turn.resolve_conj()).contiguous()
+    real = None if turn is None else turn.contiguous()
     width = max(16, triton.next_power_of_2(c))
     if width != c:
         pad = (0, width - c)
@@ -419,7 +419,7 @@ class _Attend(torch.autograd.Function):
         delta = (fp32(grad) * fp32(out)).sum(-1)
         if turn is not None:
             real = grad[..., : ctx.sizes.channels]
-            real = rotate(real, torch.view_as_complex(turn)[:, :, None])
+            real = rotate(real, turn[:, :, None])
             grad = F.pad(real, (0, c - real.shape[-1]))
         dq = torch.empty_like(q)
         dkeys = torch.zeros(keys.shape, dtype=torch.float32, device=q.device)

@@ -127,13 +127,13 @@ def rotate(
 
     Args:
         x: [..., C].
-        turn: [..., R/2] complex64, of x's leading axes, but for the last of them perhaps 1.
+        turn: [..., R/2, 2] float32, of x's leading axes, but for the last of them perhaps 1.
     """
     if x.numel() == 0:
         return x.clone()
-    per = x.shape[-2] if turn.dim() == x.dim() and turn.shape[-2] == 1 else 1
+    per = x.shape[-2] if turn.dim() == x.dim() + 1 and turn.shape[-3] == 1 else 1
     lead = (*x.shape[:-2], 1) if per > 1 else x.shape[:-1]
-    pairs = torch.view_as_real(turn.resolve_conj()).expand(*lead, -1, 2)
+    pairs = turn.expand(*lead, -1, 2)
     pairs = pairs.reshape(-1, *pairs.shape[-2:]).contiguous()
     sign = -1.0 if inverse else 1.0
     return Rotate.apply(x.reshape(-1, x.shape[-1]).contiguous(), pairs, per, sign, eps).view(

@@ -41,7 +41,7 @@ def load(directory: Path, **kwargs: object) -> Dsv4ForCausalLM:
 
 
 def record_bytes(directory: Path) -> int:
-    return PackFile.open(directory / "experts-layers-0.safetensors").layout.nbytes
+    return PackFile.open(directory / "experts-layers-0.safetensors").layout.largest
 
 
 def prompt(model: Dsv4ForCausalLM, length: int = 40) -> torch.Tensor:

@@ -67,7 +67,8 @@ def _case(
         begin = torch.randint(0, t, (b, s))
         end = torch.maximum(begin, torch.randint(0, t + 1, (b, s)))
         end[0, 0] = begin[0, 0]
-    turn = torch.polar(torch.ones(b, s, r // 2), torch.randn(b, s, r // 2)) if r else None
+    angle = torch.randn(b, s, r // 2)
+    turn = torch.stack((angle.cos(), angle.sin()), dim=-1) if r else None
     made = [x if x.dim() == 1 else x.to(dtype) for x in leaves]
     some = [None if x is None else x.to(device) for x in (first, ids, begin, end)]
     reads = attention.Reads(*some, past, window)
@@ -87,7 +88,7 @@ def _reference(case: Case, leaves: list[torch.Tensor]) -> torch.Tensor:
         entries, e = rest[0], torch.arange(rest[0].shape[1], device=q.device)
         keep = (e >= reads.begin[..., None]) & (e < reads.end[..., None])
     out = ops.sink_attention(q, keys, near, entries, keep, sinks, q.shape[-1] ** -0.5)
-    return out if case.turn is None else rotate(out, case.turn.conj()[:, :, None])
+    return out if case.turn is None else rotate(out, case.turn[:, :, None], inverse=True)
 
 
 def _kernel(case: Case, leaves: list[torch.Tensor], **sizes: Any) -> torch.Tensor:
@@ -151,7 +152,7 @@ def test_strides_do_not_matter(device: str) -> None:
         x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for x in case.leaves
     ]
     ids = case.reads.ids.repeat_interleave(2, -1)[..., ::2]
-    turn = None if case.turn is None else case.turn.conj().resolve_conj().conj()
+    turn = None if case.turn is None else case.turn.transpose(-1, -2).contiguous().transpose(-1, -2)
     _agree(Case(strided, case.reads._replace(ids=ids), turn))
 
 

@@ -20,7 +20,7 @@ from modeling_dsv4.formats import get_format
 from modeling_dsv4.moe import Dsv4Experts, ExpertsBase
 from modeling_dsv4.storage import Fp8GroupedLinear, Fp8Linear, PackedExperts
 from quantize.experts import StoredExperts
-from quantize.pack import PackFile, PackWriter, RecordLayout
+from quantize.pack import PackFile, PackLayout, PackWriter, RecordLayout
 from quantize.store import ExpertStore
 
 experts = pytest.importorskip("modeling_dsv4.kernels.experts")
@@ -245,7 +245,8 @@ def pack(tmp_path: Path) -> PackFile:
     """Five experts, gate_up in FP4 and down in FP8, of random bytes."""
     sizes = SIZES["cpu"]
     layout = RecordLayout.build(sizes.d, sizes.f, "fp4", "fp8_block32")
-    with PackWriter(tmp_path / "pack.safetensors", "m", sizes.e, layout) as writer:
+    alike = PackLayout.repeat(layout, sizes.e)
+    with PackWriter(tmp_path / "pack.safetensors", "m", alike) as writer:
         for _ in range(sizes.e):
             gate_up = torch.randn(2, sizes.f, sizes.d) * 0.3
             down = torch.randn(sizes.d, sizes.f) * 0.3
@@ -277,7 +278,7 @@ def test_resident_records_are_read_in_place(pack: PackFile, n: int, by_kernels: 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
 def test_records_on_disk_stay_with_the_reference(pack: PackFile, by_kernels: list[str]) -> None:
     module = _stored(pack)
-    module.attach_store(ExpertStore([pack], 2 * pack.layout.nbytes), 0)
+    module.attach_store(ExpertStore([pack], 2 * pack.layout.largest), 0)
     _compare(module, _inputs(3, SIZES["cpu"], torch.float32, "cpu"), learn=False)
     assert by_kernels == []
 

@@ -36,7 +36,7 @@ def _both(op: Callable[..., torch.Tensor]) -> tuple[Callable[..., Tensors], ...]
 
 def _turn(*shape: int) -> torch.Tensor:
     angle = 7 * torch.randn(shape)
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 
 def _leaves(device: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensors:
@@ -64,7 +64,7 @@ def test_one_head_a_token_and_any_layout_turn_alike(device: str) -> None:
     found = rotate(x.transpose(0, 1), turn, kernels="triton")
     torch.testing.assert_close(found, rotate(x.transpose(0, 1), turn))
     alike = turn[:, :1]  # one turn for all tokens: broadcast over an axis that is not the heads'
-    found = rotate(x.transpose(0, 1), alike.expand(-1, 3, -1), kernels="triton")
+    found = rotate(x.transpose(0, 1), alike.expand(-1, 3, -1, -1), kernels="triton")
     torch.testing.assert_close(found, rotate(x.transpose(0, 1), alike))
 
 

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small packs with known content."""
+"""Small packs with known content, and small checkpoints to convert."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from modeling_dsv4.formats import get_format
-from quantize.pack import PROJECTIONS, PackFile, PackWriter, RecordLayout
+from quantize.pack import PROJECTIONS, PackFile, PackLayout, PackWriter, RecordLayout
 
 HIDDEN, WIDTH = 64, 32
 MakePack = Callable[..., tuple[PackFile, torch.Tensor]]
@@ -31,9 +34,33 @@ def make_pack(tmp_path: Path, layout: RecordLayout) -> MakePack:
             for _ in range(num_experts)
         ])  # fmt: skip
         path = tmp_path / f"experts-layers-{layer}.safetensors"
-        with PackWriter(path, f"model.layers.{layer}.mlp.experts", num_experts, layout) as writer:
+        name = f"model.layers.{layer}.mlp.experts"
+        with PackWriter(path, name, PackLayout.repeat(layout, num_experts)) as writer:
             for record in records:
                 writer.write(record)
         return PackFile.open(path), records
 
     return make
+
+
+@pytest.fixture
+def release(golden_dir: Path, tmp_path: Path) -> Path:
+    """A tiny official V4 checkpoint, FP8 and FP4, that a test may break."""
+    return Path(shutil.copytree(golden_dir / "v4_a_fp8", tmp_path / "release"))
+
+
+@pytest.fixture
+def sharded(release: Path) -> Path:
+    """The same checkpoint in four shards; three experts begin in one and end in the next."""
+    tensors = load_file(release / "model.safetensors")
+    (release / "model.safetensors").unlink()
+    names, index = sorted(tensors), {}
+    inner = [names.index(f"layers.{i}.ffn.experts.1.w2.weight") for i in (0, 1, 2)]
+    cuts = [0, *inner, len(names)]
+    for i in range(4):
+        file = f"model-0000{i + 1}-of-00004.safetensors"
+        some = names[cuts[i] : cuts[i + 1]]
+        save_file({name: tensors[name] for name in some}, release / file)
+        index |= dict.fromkeys(some, file)
+    (release / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return release

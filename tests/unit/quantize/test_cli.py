@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from quantize import cli
+from quantize.checksums import Checksums
 
 
 @pytest.fixture
@@ -109,8 +110,10 @@ def test_a_failure_is_one_line_and_exits_1(
 
 def test_an_unfinished_conversion_does_not_verify(run, release: Path, tmp_path: Path) -> None:
     run("convert", release, tmp_path / "out", "--quiet")
-    sums = tmp_path / "out" / "checksums.json"
-    sums.write_text(sums.read_text().replace('"complete": true', '"complete": false'))
+    sums = Checksums.load(tmp_path / "out")
+    assert sums is not None
+    sums.complete = False
+    sums.save(tmp_path / "out")
     code, _, err = run("verify", tmp_path / "out")
     assert (code, "run convert again" in err) == (1, True)
 

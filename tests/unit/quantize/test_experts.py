@@ -11,7 +11,7 @@ from modeling_dsv4.formats import get_format
 from modeling_dsv4.moe import Dsv4Experts
 from modeling_dsv4.storage import PackedExperts
 from quantize.experts import StoredExperts
-from quantize.pack import PROJECTIONS, PackFile, PackWriter, RecordLayout
+from quantize.pack import PROJECTIONS, PackFile, PackLayout, PackWriter, RecordLayout
 from quantize.store import ExpertStore
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 64, 32, 8, 3
@@ -43,7 +43,7 @@ def packed(request: pytest.FixtureRequest, plain: Dsv4Experts) -> PackedExperts:
 def pack(packed: PackedExperts, tmp_path: Path) -> PackFile:
     layout = RecordLayout.build(HIDDEN, WIDTH, packed.format.name, packed.format.name)
     path = tmp_path / "experts-layers-0.safetensors"
-    with PackWriter(path, NAME, EXPERTS, layout) as writer:
+    with PackWriter(path, NAME, PackLayout.repeat(layout, EXPERTS)) as writer:
         for e in range(EXPERTS):
             writer.write(layout.encode(dict(zip(PROJECTIONS, packed.expert_parts(e), strict=True))))
     return PackFile.open(path)
@@ -58,7 +58,7 @@ def open_stored(pack: PackFile) -> Open:
         if capacity is None:
             experts.attach_resident(pack)
         else:
-            experts.attach_store(PoisonedStore([pack], capacity * pack.layout.nbytes), 0)
+            experts.attach_store(PoisonedStore([pack], capacity * pack.layout.largest), 0)
         return experts
 
     return make
@@ -102,7 +102,7 @@ def test_a_forward_reads_the_routed_experts_alone(open_stored: Open) -> None:
     index = torch.tensor([[1, 4, 6], [4, 6, 7]])
     stored(torch.randn(2, HIDDEN), index, torch.rand(2, 3))
     assert stored.counts.misses == 4
-    assert stored.counts.bytes_read == 4 * stored.layout.nbytes
+    assert stored.counts.bytes_read == 4 * stored.layout.largest
     assert stored.counts.tokens == 2
     stored(torch.randn(2, HIDDEN), index, torch.rand(2, 3))
     assert (stored.counts.misses, stored.counts.hits) == (4, 4)
@@ -124,7 +124,7 @@ def test_a_failed_read_reaches_the_caller_and_leaves_the_store_usable(
     stored = open_stored(2)
     raw = pack.path.read_bytes()
     with pack.path.open("r+b") as file:
-        file.truncate(pack.offset + 5 * pack.layout.nbytes)
+        file.truncate(pack.offset + 5 * pack.layout.largest)
     x, index, weights = torch.randn(1, HIDDEN), torch.tensor([[0, 3, 6]]), torch.rand(1, 3)
     with pytest.raises(OSError, match="the file was cut short"):
         stored(x, index, weights)
@@ -171,7 +171,7 @@ def test_memory_is_told_by_tier(open_stored: Open, pack: PackFile) -> None:
     stored = open_stored(2)
     assert stored.memory_bytes() == {"cpu": 0, "disk": pack.nbytes}
     stored(*batch())
-    assert stored.memory_bytes() == {"cpu": 2 * pack.layout.nbytes, "disk": pack.nbytes}
+    assert stored.memory_bytes() == {"cpu": 2 * pack.layout.largest, "disk": pack.nbytes}
     resident = open_stored(None)
     assert resident.memory_bytes() == {}
     assert sum(b.nbytes for b in resident.buffers()) == pack.nbytes
@@ -184,10 +184,11 @@ def test_a_pack_of_another_module_is_refused(pack: PackFile) -> None:
 
 
 def test_a_pack_of_another_recipe_is_refused(pack: PackFile) -> None:
-    other = "fp8_block32" if pack.layout.format("down_proj") == "fp4" else "fp4"
-    layout = RecordLayout.build(HIDDEN, WIDTH, other, other)
+    other = "fp8_block32" if pack.layout.of(7).format("down_proj") == "fp4" else "fp4"
+    kinds = (0,) * (EXPERTS - 1) + (1,)
+    layout = PackLayout((pack.layout.of(7), RecordLayout.build(HIDDEN, WIDTH, other, other)), kinds)
     experts = StoredExperts(NAME, EXPERTS, HIDDEN, WIDTH, 10.0, layout)
-    with pytest.raises(ValueError, match="wanted an expert pack with layout"):
+    with pytest.raises(ValueError, match="wanted an expert pack with the layout of expert 7"):
         experts.attach_store(ExpertStore([pack], pack.nbytes), 0)
 
 
@@ -203,16 +204,71 @@ def test_projections_may_have_formats_of_their_own(plain: Dsv4Experts, tmp_path:
     layout = RecordLayout.build(HIDDEN, WIDTH, "fp4", "fp8_block32")
     fp4, fp8 = get_format("fp4"), get_format("fp8_block32")
     path = tmp_path / "experts-layers-0.safetensors"
-    with PackWriter(path, NAME, EXPERTS, layout) as writer:
+    with PackWriter(path, NAME, PackLayout.repeat(layout, EXPERTS)) as writer:
         for e in range(EXPERTS):
             gate_up = fp4.pack(plain.gate_up_proj[e].detach().unflatten(0, (2, -1)))
             writer.write(
                 layout.encode({"gate_up_proj": gate_up, "down_proj": fp8.pack(plain.down_proj[e])})
             )
-    experts = StoredExperts(NAME, EXPERTS, HIDDEN, WIDTH, 10.0, layout)
-    experts.attach_resident(PackFile.open(path))
+    pack = PackFile.open(path)
+    experts = StoredExperts(NAME, EXPERTS, HIDDEN, WIDTH, 10.0, pack.layout)
+    experts.attach_resident(pack)
     gate_up, down = experts.expert_weights(5, torch.float32)
     fp4_twin = PackedExperts.from_plain(plain, "fp4").expert_weights(5, torch.float32)[0]
     fp8_twin = PackedExperts.from_plain(plain, "fp8_block32").expert_weights(5, torch.float32)[1]
     assert torch.equal(gate_up, fp4_twin)
     assert torch.equal(down, fp8_twin)
+
+
+MIXED = [("fp4", "fp4"), ("fp4", "fp8_block32"), ("fp8_block32", "fp8_block32"), ("fp4", "fp4")]
+
+
+@pytest.fixture
+def mixed(plain: Dsv4Experts, tmp_path: Path) -> PackFile:
+    """Every expert in formats of its own, records of three sizes."""
+
+    def format_of(weight: str) -> str:
+        _, expert, projection = weight.rsplit(".", 2)
+        return MIXED[int(expert) % len(MIXED)][PROJECTIONS.index(projection)]
+
+    layout = PackLayout.build(NAME, EXPERTS, HIDDEN, WIDTH, format_of)
+    path = tmp_path / "experts-layers-0.safetensors"
+    with PackWriter(path, NAME, layout) as writer:
+        for e in range(EXPERTS):
+            weights = (plain.gate_up_proj[e].detach().unflatten(0, (2, -1)), plain.down_proj[e])
+            record = layout.of(e)
+            parts = [
+                get_format(record.format(p)).pack(w)
+                for p, w in zip(PROJECTIONS, weights, strict=True)
+            ]
+            writer.write(record.encode(dict(zip(PROJECTIONS, parts, strict=True))))
+    return PackFile.open(path)
+
+
+@pytest.mark.parametrize("budget", [None, "largest", "half"])
+def test_experts_in_different_formats_compute_what_each_alone_does(
+    plain: Dsv4Experts, mixed: PackFile, tmp_path: Path, budget: str | None
+) -> None:
+    stored = StoredExperts(NAME, EXPERTS, HIDDEN, WIDTH, 10.0, mixed.layout)
+    if budget is None:
+        stored.attach_resident(mixed)
+        assert stored.stacked() is None
+    else:
+        size = mixed.layout.largest if budget == "largest" else mixed.nbytes // 2
+        stored.attach_store(PoisonedStore([mixed], size), 0)
+    twins = {name: PackedExperts.from_plain(plain, name) for name in ("fp4", "fp8_block32")}
+    dense = Dsv4Experts(EXPERTS, HIDDEN, WIDTH, 10.0)
+    for e in range(EXPERTS):
+        gate_up, down = MIXED[e % len(MIXED)]
+        dense.gate_up_proj.data[e] = twins[gate_up].expert_weights(e, torch.float32)[0]
+        dense.down_proj.data[e] = twins[down].expert_weights(e, torch.float32)[1]
+    x, index, weights = batch()
+    x.requires_grad_()
+    got, wanted = stored(x, index, weights), dense(x, index, weights)
+    torch.testing.assert_close(got, wanted)
+    probe = torch.randn_like(wanted) / 10
+    grads = [torch.autograd.grad(out, x, probe)[0] for out in (got, wanted)]
+    torch.testing.assert_close(*grads)
+    (tmp_path / "saved").mkdir()
+    stored.save_files(tmp_path / "saved")
+    assert (tmp_path / "saved" / mixed.path.name).read_bytes() == mixed.path.read_bytes()

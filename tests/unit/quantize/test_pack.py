@@ -10,7 +10,15 @@ import torch
 from safetensors import safe_open
 
 from modeling_dsv4.formats import get_format
-from quantize.pack import ALIGNMENT, PackFile, PackWriter, RecordLayout, pack_file_name
+from quantize.pack import (
+    ALIGNMENT,
+    PROJECTIONS,
+    PackFile,
+    PackLayout,
+    PackWriter,
+    RecordLayout,
+    pack_file_name,
+)
 
 MakePack = Callable[..., tuple[PackFile, torch.Tensor]]
 
@@ -28,11 +36,11 @@ def test_any_safetensors_reader_opens_a_pack(make_pack: MakePack) -> None:
 def test_every_record_is_one_aligned_range(make_pack: MakePack) -> None:
     pack, records = make_pack(5)
     assert pack.offset % ALIGNMENT == 0
-    assert pack.layout.nbytes % ALIGNMENT == 0
+    assert pack.layout.largest % ALIGNMENT == 0
     raw = pack.path.read_bytes()
     for e, record in enumerate(records):
-        start = pack.offset + e * pack.layout.nbytes
-        assert raw[start : start + pack.layout.nbytes] == bytes(record.numpy())
+        start = pack.offset + e * pack.layout.largest
+        assert raw[start : start + pack.layout.largest] == bytes(record.numpy())
 
 
 def test_all_records_are_read_at_once(make_pack: MakePack) -> None:
@@ -83,7 +91,7 @@ def test_an_incomplete_pack_leaves_nothing_behind(
     record = torch.zeros(layout.nbytes, dtype=torch.uint8)
 
     def write() -> None:
-        with PackWriter(path, "model.layers.0.mlp.experts", 3, layout) as writer:
+        with PackWriter(path, "model.layers.0.mlp.experts", PackLayout.repeat(layout, 3)) as writer:
             for _ in range(written):
                 writer.write(record)
 
@@ -96,7 +104,7 @@ def test_a_pack_that_fails_halfway_leaves_the_old_one(make_pack: MakePack) -> No
     pack, records = make_pack(2)
 
     def fail() -> None:
-        with PackWriter(pack.path, pack.name, 2, pack.layout) as writer:
+        with PackWriter(pack.path, pack.name, pack.layout) as writer:
             writer.write(records[1])
             raise KeyboardInterrupt
 
@@ -110,7 +118,7 @@ def test_a_flipped_byte_names_its_expert(make_pack: MakePack) -> None:
     pack, _ = make_pack(6)
     assert pack.damaged_experts() == []
     raw = bytearray(pack.path.read_bytes())
-    raw[pack.offset + 4 * pack.layout.nbytes + 17] ^= 1
+    raw[pack.offset + 4 * pack.layout.largest + 17] ^= 1
     pack.path.write_bytes(raw)
     assert pack.damaged_experts() == [4]
 
@@ -139,8 +147,65 @@ def test_what_is_no_pack_is_refused(tmp_path: Path, raw: bytes) -> None:
 
 
 def test_a_pack_of_a_later_version_is_refused(layout: RecordLayout) -> None:
-    with pytest.raises(ValueError, match="wanted an expert pack of version 1, got 2"):
-        RecordLayout.from_dict({**layout.to_dict(), "version": 2})
+    data = PackLayout.repeat(layout, 2).to_dict()
+    with pytest.raises(ValueError, match="wanted an expert pack of version 1 to 2, got 3"):
+        PackLayout.from_dict({**data, "version": 3}, 2)
+
+
+def test_a_pack_of_the_first_version_stays_readable(golden_dir: Path) -> None:
+    pack = PackFile.open(golden_dir / "pack_v1" / "experts-layers-3.safetensors")
+    assert (pack.name, pack.num_experts) == ("model.layers.3.mlp.experts", 3)
+    assert pack.damaged_experts() == []
+    records = pack.read_all()
+    for e in range(3):
+        weights = torch.arange(3 * 64 * 32, dtype=torch.float32).mul(0.37).add(e).sin()
+        gate_up, down = weights.split((2 * 32 * 64, 64 * 32))
+        given = dict(zip(PROJECTIONS, (gate_up.view(2, 32, 64), down.view(64, 32)), strict=True))
+        decoded = pack.layout.of(e).decode(pack.layout.record(records, e))
+        for projection, weight in given.items():
+            weight_format = get_format(pack.layout.of(e).format(projection))
+            for part, tensor in weight_format.pack(weight).items():
+                got = decoded[projection][part]
+                assert torch.equal(got.view(torch.uint8), tensor.view(torch.uint8)), (e, part)
+
+
+def by_parity(weight: str) -> str:
+    return "fp4" if int(weight.rsplit(".", 2)[1]) % 2 else "fp8_block32"
+
+
+def test_records_of_several_sizes_lie_one_after_the_other(tmp_path: Path) -> None:
+    layout = PackLayout.build("model.layers.0.mlp.experts", 5, 64, 32, by_parity)
+    assert layout.uniform is None
+    assert len(layout.layouts) == 2
+    records = [torch.randint(256, (layout.of(e).nbytes,), dtype=torch.uint8) for e in range(5)]
+    path = tmp_path / "experts-layers-0.safetensors"
+    with PackWriter(path, "model.layers.0.mlp.experts", layout) as writer:
+        for record in records:
+            writer.write(record)
+    pack = PackFile.open(path)
+    assert pack.layout == layout
+    assert pack.nbytes == sum(record.nbytes for record in records)
+    whole = pack.read_all()
+    for e, record in enumerate(records):
+        start, size = pack.span(e)
+        assert (start % ALIGNMENT, size) == (0, record.nbytes)
+        assert torch.equal(layout.record(whole, e), record)
+        assert torch.equal(pack.read_record(e), record)
+
+
+@pytest.mark.parametrize("kinds", [[0], [0, 0, 0], [0, 7], [0, -1]])
+def test_a_table_of_layouts_that_does_not_fit_is_refused(
+    layout: RecordLayout, kinds: list[int]
+) -> None:
+    data = {**PackLayout.repeat(layout, 2).to_dict(), "kinds": kinds}
+    with pytest.raises(ValueError, match="wanted a layout for each of 2 experts"):
+        PackLayout.from_dict(data, 2)
+
+
+def test_an_expert_without_a_format_is_named() -> None:
+    rule = {"m.0.gate_up_proj": "fp4", "m.0.down_proj": "fp4", "m.1.gate_up_proj": "fp4"}
+    with pytest.raises(ValueError, match=r"wanted a format for m\.1\.down_proj, got none"):
+        PackLayout.build("m", 2, 64, 32, rule.get)
 
 
 def test_a_field_beyond_its_record_is_refused(layout: RecordLayout) -> None:
@@ -158,7 +223,7 @@ def test_files_are_named_after_their_modules() -> None:
 def test_a_damaged_record_is_not_read_resident(make_pack: MakePack) -> None:
     pack, _ = make_pack(3)
     raw = bytearray(pack.path.read_bytes())
-    raw[pack.offset + pack.layout.nbytes + 7] ^= 1
+    raw[pack.offset + pack.layout.largest + 7] ^= 1
     pack.path.write_bytes(raw)
     with pytest.raises(ValueError, match=r"expert 1 of .* is damaged; convert or"):
         pack.read_all()

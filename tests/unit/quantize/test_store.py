@@ -33,7 +33,7 @@ def open_store(make_pack: MakePack) -> Iterator[Callable[..., tuple[ExpertStore,
     def make(capacity: int, layers: int = 1, experts: int = 8) -> tuple[ExpertStore, torch.Tensor]:
         made = [make_pack(experts, layer) for layer in range(layers)]
         packs = [pack for pack, _ in made]
-        stores.append(PoisonedStore(packs, capacity * packs[0].layout.nbytes))
+        stores.append(PoisonedStore(packs, capacity * packs[0].layout.largest))
         return stores[-1], torch.stack([records for _, records in made])
 
     yield make
@@ -64,7 +64,7 @@ def test_records_are_right_at_every_capacity(
     total = sum(c.misses for c in store.counts)
     assert total >= 24 if capacity >= 8 else total > 0
     for count in store.counts:
-        assert count.bytes_read == count.misses * store.slot_bytes
+        assert count.bytes_read == count.misses * store.packs[0].layout.largest
 
 
 def test_a_record_lent_survives_the_eviction_of_all_others(open_store: OpenStore) -> None:
@@ -123,12 +123,12 @@ def test_one_order_over_all_layers(open_store: OpenStore) -> None:
             pass
     assert list(store._slots) == [(1, 0), (1, 1)]
     assert store.layer_bytes(0) == 0
-    assert store.layer_bytes(1) == 2 * store.slot_bytes
+    assert store.layer_bytes(1) == 2 * store.packs[0].layout.largest
 
 
 def test_a_budget_below_one_record_is_refused_with_numbers(make_pack: MakePack) -> None:
     pack, _ = make_pack(2)
-    size = pack.layout.nbytes
+    size = pack.layout.largest
     with pytest.raises(ValueError, match=f"at least one expert of {size} bytes.*got {size - 1}"):
         ExpertStore([pack], size - 1)
 
@@ -136,9 +136,9 @@ def test_a_budget_below_one_record_is_refused_with_numbers(make_pack: MakePack) 
 def test_a_file_cut_while_in_use_is_an_error_and_then_forgotten(make_pack: MakePack) -> None:
     pack, records = make_pack(4)
     whole = pack.path.read_bytes()
-    store = ExpertStore([pack], 4 * pack.layout.nbytes)
+    store = ExpertStore([pack], 4 * pack.layout.largest)
     with pack.path.open("r+b") as file:
-        file.truncate(pack.offset + 3 * pack.layout.nbytes + 100)
+        file.truncate(pack.offset + 3 * pack.layout.largest + 100)
 
     def use() -> None:
         with store.record(0, 3):
@@ -196,7 +196,7 @@ def test_threads_share_a_store(open_store: OpenStore, capacity: int) -> None:
 
 def test_without_the_page_cache_the_bytes_are_the_same(make_pack: MakePack) -> None:
     pack, records = make_pack(3)
-    store = ExpertStore([pack], pack.layout.nbytes, page_cache=False)
+    store = ExpertStore([pack], pack.layout.largest, page_cache=False)
     for e in (0, 1, 2, 0):
         with store.record(0, e) as record:
             assert torch.equal(record, records[e])
@@ -220,7 +220,7 @@ def test_a_closed_or_forgotten_store_leaves_no_file_and_no_thread(
     gc.collect()
     pack, _ = make_pack(2)
     before = held()
-    store = ExpertStore([pack], pack.layout.nbytes)
+    store = ExpertStore([pack], pack.layout.largest)
     for e in (0, 1):
         with store.record(0, e):
             pass
@@ -241,7 +241,7 @@ def test_a_damaged_record_is_refused_at_its_first_read(make_pack: MakePack) -> N
     raw = bytearray(pack.path.read_bytes())
     raw[pack.offset + 7] ^= 1
     pack.path.write_bytes(raw)
-    store = ExpertStore([pack], pack.layout.nbytes)
+    store = ExpertStore([pack], pack.layout.largest)
 
     def use() -> None:
         with store.record(0, 0):

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the C files beside this one, once a machine, and load them.
+
+The library lies in the user's cache directory under a name made of all that shaped it: the
+sources, the compiler's flags, and the processor, for whose instructions it is compiled.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+_LOG = logging.getLogger(__name__)
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
+_SECONDS = 120
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled operations, or None where there is no C compiler or it fails.
+
+    The environment variable CC names the compiler (default: cc, gcc or clang on the path);
+    DSV4_CACHE the directory that keeps the result (default: dsv4 in the user's cache directory).
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        _LOG.info("no C compiler: decoding on a CPU takes torch's operations, many times slower")
+        return None
+    try:
+        return ctypes.CDLL(str(build(compiler, cache_directory())))
+    except (OSError, subprocess.SubprocessError) as error:
+        _LOG.warning(
+            "%s could not build the CPU operations (%s); decoding takes torch's, many times "
+            "slower. Name another compiler in CC",
+            compiler,
+            _last_line(error),
+        )
+        return None
+
+
+def find_compiler() -> str | None:
+    """Path of a C compiler, None if there is none or the platform loads no such library."""
+    if os.name != "posix":
+        return None
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def cache_directory() -> Path:
+    """Where compiled libraries are kept: a directory that nobody else may write to."""
+    given = os.environ.get("DSV4_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = Path(given) if given else base / "dsv4"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        held = directory.stat()
+        private = held.st_uid == os.getuid() and not held.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if private and os.access(directory, os.W_OK):
+            return directory
+    except OSError:
+        pass
+    # Gone with the machine's temporary files; compiled anew by the next process.
+    return Path(tempfile.mkdtemp(prefix="dsv4-"))
+
+
+def build(compiler: str, directory: Path) -> Path:
+    """Compile the sources into `directory` if it does not hold the result; gives its path."""
+    sources = sorted(Path(__file__).parent.glob("*.c"))
+    texts = [path.read_bytes() for path in sources]
+    shaped = b"\0".join([*texts, " ".join((compiler, *_FLAGS)).encode(), _processor().encode()])
+    target = directory / f"cpu-{hashlib.sha256(shaped).hexdigest()[:24]}.so"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=directory) as beside:
+        made = Path(beside) / target.name
+        command = [compiler, *_FLAGS, "-o", str(made), *map(str, sources), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        made.replace(target)
+    return target
+
+
+def _processor() -> str:
+    """What distinguishes the instructions of this processor from another's."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    facts = [x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))]
+    return "|".join([platform.machine(), platform.processor(), *sorted(set(facts))])
+
+
+def _last_line(error: Exception) -> str:
+    text = getattr(error, "stderr", None) or str(error)
+    return text.strip().splitlines()[-1] if text.strip() else type(error).__name__

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a conversion will take, before it begins: bytes by part and format, disk, about how long."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from .convert import count_workers, space_wanted
+from .encode import encode_expert
+from .job import Job, entry_bytes
+from .source import Source
+
+# Written and synced to see how fast the disk takes bytes.
+_PROBE = 1 << 25
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of what is stored alike, in the source and in the target.
+
+    Attributes:
+        name: what it is.
+        formats: how it will be stored.
+        count: experts, or tensors.
+        before, after: bytes.
+    """
+
+    name: str
+    formats: str
+    count: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A conversion in figures.
+
+    Attributes:
+        parts: what is written.
+        disk: bytes of free disk that it wants at most.
+        free: bytes that are free.
+        seconds: about how long, from an expert of each kind and a short write; None if nothing
+            of the source is here to try.
+    """
+
+    parts: tuple[Part, ...]
+    disk: int
+    free: int
+    seconds: float | None
+
+
+def forecast(source: Source, job: Job, target: Path) -> Forecast:
+    """Add up headers, and try an expert of each kind."""
+    where = next(path for path in (target, *target.absolute().parents) if path.is_dir())
+    parts = (*_expert_parts(source, job), _dense_part(source, job))
+    disk, free = space_wanted(source, job), shutil.disk_usage(where).free
+    return Forecast(parts, disk, free, _seconds(source, job, where))
+
+
+def _expert_parts(source: Source, job: Job) -> list[Part]:
+    count: Counter[str] = Counter()
+    before: Counter[str] = Counter()
+    after: Counter[str] = Counter()
+    for experts, pack in job.packs.values():
+        for e in range(pack.num_experts):
+            layout = pack.of(e)
+            formats = " / ".join(dict.fromkeys(name for _, name in layout.formats))
+            slices = source.expert_slices(experts.name, e).values()
+            count[formats] += 1
+            before[formats] += sum(s.end - s.start for places in slices for s in places)
+            after[formats] += layout.nbytes
+    return [Part("routed experts", f, count[f], before[f], after[f]) for f in count]
+
+
+def _dense_part(source: Source, job: Job) -> Part:
+    names = [name for entries in job.shards.values() for name in entries]
+    after = sum(entry_bytes(entry) for entries in job.shards.values() for entry in entries.values())
+    raw = [source.raw(name) for name in names]
+    before = sum(place.end - place.start for place in raw if place is not None)
+    return Part("everything else", "as it is", len(names), before, after)
+
+
+def _seconds(source: Source, job: Job, where: Path) -> float | None:
+    counts: Counter[str] = Counter()
+    example = {}
+    for experts, pack in job.packs.values():
+        for e in range(pack.num_experts):
+            kind = str(pack.of(e).formats)
+            counts[kind] += 1
+            if kind not in example and all(map(source.origin.holds, source.needs(experts.name, e))):
+                example[kind] = experts, e, pack.of(e)
+    if set(example) != set(counts):
+        return None
+    encoding = 0.0
+    for kind, (experts, e, layout) in example.items():
+        start = time.perf_counter()
+        encode_expert(source, experts, e, layout)
+        encoding += counts[kind] * (time.perf_counter() - start)
+    return max(encoding / count_workers(source, job), job.nbytes / _write_rate(where))
+
+
+def _write_rate(where: Path) -> float:
+    """Bytes per second that a directory's disk takes."""
+    with tempfile.TemporaryFile(dir=where) as file:
+        raw = os.urandom(_PROBE)
+        start = time.perf_counter()
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+        return _PROBE / (time.perf_counter() - start)

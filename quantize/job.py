@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that a conversion will write, known from headers alone; and in which order.
+
+Files consist of items: a dense tensor, or an expert's record. The order of work is that of the
+source's shards, so that each shard is read once and may go afterwards. An item that lies in several
+shards is made when the last of them is there.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from modeling_dsv4.safetensors_file import DTYPES, lay_out_file
+
+from .config import Recipe
+from .pack import PackLayout, pack_file_name, pack_header
+from .source import Entry, ExpertsSource, Source
+
+DEFAULT_SHARD = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Item:
+    """Bytes [start, start + nbytes) of a target file.
+
+    Attributes:
+        file: name of the file.
+        key: our name of a dense tensor, or the expert's number.
+        start, nbytes: where it is written.
+        needs: the source's shards that it is made of.
+    """
+
+    file: str
+    key: str
+    start: int
+    nbytes: int
+    needs: frozenset[str]
+
+
+@dataclass(frozen=True)
+class TargetFile:
+    """One file of the target.
+
+    Attributes:
+        header: its first bytes.
+        items: all that follows, without holes but for a pack's table of checksums at the end.
+        pack: experts and layout if it is an expert pack.
+        entries: {our name: (dtype, shape)} if it holds dense tensors.
+    """
+
+    header: bytes
+    items: tuple[Item, ...]
+    pack: tuple[ExpertsSource, PackLayout] | None
+    entries: dict[str, Entry]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        table = 0 if self.pack is None else 8 * self.pack[1].num_experts
+        return len(self.header) + sum(item.nbytes for item in self.items) + table
+
+
+@dataclass(frozen=True)
+class Job:
+    """The files of a conversion by name."""
+
+    files: dict[str, TargetFile]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.nbytes for file in self.files.values())
+
+    @property
+    def packs(self) -> dict[str, tuple[ExpertsSource, PackLayout]]:
+        """The expert packs: {file: (experts, layout)}."""
+        return {name: file.pack for name, file in self.files.items() if file.pack is not None}
+
+    @property
+    def shards(self) -> dict[str, dict[str, Entry]]:
+        """The files of dense tensors: {file: {our name: (dtype, shape)}}."""
+        return {name: file.entries for name, file in self.files.items() if file.pack is None}
+
+    def steps(self, shards: list[str]) -> list[list[Item]]:
+        """Items by the source's shard that completes them, in the order of `shards`."""
+        place = {shard: i for i, shard in enumerate(shards)}
+        steps: list[list[Item]] = [[] for _ in shards]
+        for file in self.files.values():
+            for item in file.items:
+                steps[max((place[shard] for shard in item.needs), default=0)].append(item)
+        return steps
+
+
+def plan_job(source: Source, recipe: Recipe, max_shard_size: int = DEFAULT_SHARD) -> Job:
+    """Lay out the files of a conversion."""
+    hidden, width = source.config.hidden_size, source.config.moe_intermediate_size
+    files = {}
+    for name, experts in source.experts.items():
+        layout = PackLayout.build(name, experts.num_experts, hidden, width, recipe.format_of)
+        file = pack_file_name(name)
+        files[file] = _pack(source, file, experts, layout)
+    shards: list[dict[str, Entry]] = [{}]
+    size = 0
+    for name, entry in source.dense.items():
+        if shards[-1] and size + entry_bytes(entry) > max_shard_size:
+            shards.append({})
+            size = 0
+        shards[-1][name] = entry
+        size += entry_bytes(entry)
+    for i, entries in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        header, spans = lay_out_file(entries)
+        items = [
+            Item(file, name, start, end - start, source.needs(name))
+            for name, (start, end) in spans.items()
+        ]
+        files[file] = TargetFile(header, tuple(items), None, entries)
+    return Job(files)
+
+
+def _pack(source: Source, file: str, experts: ExpertsSource, layout: PackLayout) -> TargetFile:
+    header = pack_header(experts.name, layout)
+    items = [
+        Item(file, str(e), len(header) + layout.starts[e], layout.of(e).nbytes,
+             source.needs(experts.name, e))
+        for e in range(layout.num_experts)
+    ]  # fmt: skip
+    return TargetFile(header, tuple(items), (experts, layout), {})
+
+
+def entry_bytes(entry: Entry) -> int:
+    """Bytes of a tensor of a dtype and shape."""
+    dtype, shape = entry
+    size = DTYPES[dtype].itemsize
+    for n in shape:
+        size *= n
+    return size
+
+
+def last_uses(steps: Iterable[Iterable[Item]]) -> dict[str, int]:
+    """The step behind which each of the source's shards is needed no longer."""
+    last: dict[str, int] = {}
+    for number, items in enumerate(steps):
+        for item in items:
+            last |= dict.fromkeys(item.needs, number)
+    return last
+
+
+def peak_disk(job: Job, shards: dict[str, int], fetched: bool, deleted: bool) -> int:
+    """Bytes of free disk that a conversion wants at most, where source and target share one.
+
+    Args:
+        job: what is written.
+        shards: {shard of the source: bytes}.
+        fetched: shards come one by one, and are there from their step to their last use.
+        deleted: shards are there, and go after their last use.
+    """
+    if not fetched and not deleted:
+        return job.nbytes
+    steps = job.steps(sorted(shards))
+    last = last_uses(steps)
+    used = peak = 0
+    for number, (shard, items) in enumerate(zip(sorted(shards), steps, strict=True)):
+        used += shards[shard] if fetched else 0
+        used += sum(item.nbytes for item in items)
+        peak = max(peak, used)
+        used -= sum(shards[s] for s in shards if last.get(s, 0) == number)
+    # Headers and tables of checksums are written with the files' ends.
+    return peak + job.nbytes - sum(i.nbytes for f in job.files.values() for i in f.items)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a source's shards come from: files that stay, or that go once they are converted.
+
+Headers are known before any shard is touched. Where shards may go, the headers are kept in the
+target's `.source` until the conversion is complete, so that it can continue without them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from modeling_dsv4.safetensors_file import TensorInfo, read_header, read_index
+
+from .checksums import write_text
+
+STAGING = ".source"
+_KEPT = "headers.json"
+Header = dict[str, TensorInfo]
+
+
+class Origin(Protocol):
+    """A checkpoint's files.
+
+    Attributes:
+        name: what it is called in messages.
+        directory: where config.json and the tokenizer are.
+        headers: {shard: {tensor: place}} of all shards.
+        sizes: {shard: bytes}.
+        keeps: shards stay where they are.
+        fetched: shards are on this disk only from their first use to their last.
+    """
+
+    name: str
+    directory: Path
+    headers: dict[str, Header]
+    sizes: dict[str, int]
+    keeps: bool
+    fetched: bool
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the conversion says of its source, beside the fingerprint of its headers."""
+
+    def prepare(self) -> None:
+        """Hear that the conversion begins."""
+
+    def fetch(self, shard: str) -> Path:
+        """Return a shard's file, there in full."""
+
+    def holds(self, shard: str) -> bool:
+        """Whether a shard is on this disk."""
+
+    def release(self, shard: str) -> None:
+        """Hear that a shard is needed no longer."""
+
+
+class LocalOrigin:
+    """A directory.
+
+    Args:
+        directory: with config.json and shards.
+        staging: directory in which an earlier run kept the headers of shards that may be gone.
+        delete: remove shards that are released.
+
+    Raises:
+        ValueError: no directory, broken files, absent shards whose headers were not kept.
+    """
+
+    def __init__(
+        self, directory: str | Path, staging: Path | None = None, delete: bool = False
+    ) -> None:
+        self.name, self.directory = str(directory), Path(directory)
+        if not (self.directory / "config.json").is_file():
+            raise ValueError(f"{directory}: wanted a directory with config.json, found none")
+        kept = read_kept(staging) if staging is not None else None
+        if kept is None:
+            paths = dict.fromkeys(read_index(self.directory).values())
+            self.headers = {path.name: read_header(path) for path in paths}
+            self.sizes = {path.name: path.stat().st_size for path in paths}
+        else:
+            self.headers, self.sizes = kept
+        self.keeps = not delete
+        self.fetched = False
+        self._staging = staging
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Nothing: a directory may be moved."""
+        return {}
+
+    def prepare(self) -> None:
+        """Keep the headers if shards are to go."""
+        if self._staging is not None and not self.keeps:
+            keep(self._staging, self.headers, self.sizes)
+
+    def fetch(self, shard: str) -> Path:
+        """Return a shard's path; ValueError if it is absent or has another size than before."""
+        path = self.directory / shard
+        if not path.is_file():
+            raise ValueError(f"{path}: this shard is missing and still needed; fetch it again")
+        if path.stat().st_size != self.sizes[shard]:
+            raise ValueError(
+                f"{path}: wanted {self.sizes[shard]} bytes, got {path.stat().st_size}; the file is "
+                "truncated or corrupted, fetch it again"
+            )
+        return path
+
+    def holds(self, shard: str) -> bool:
+        """Whether a shard is there."""
+        return (self.directory / shard).is_file()
+
+    def release(self, shard: str) -> None:
+        """Delete a shard, if that was asked for."""
+        if not self.keeps:
+            (self.directory / shard).unlink(missing_ok=True)
+
+
+def keep(staging: Path, headers: dict[str, Header], sizes: dict[str, int]) -> None:
+    """Write headers down for the time when their shards are gone."""
+    data = {
+        shard: {
+            "size": sizes[shard],
+            "tensors": {n: [i.dtype, i.shape, i.start, i.end] for n, i in header.items()},
+        }
+        for shard, header in headers.items()
+    }
+    staging.mkdir(parents=True, exist_ok=True)
+    write_text(staging / _KEPT, json.dumps(data))
+
+
+def read_kept(staging: Path) -> tuple[dict[str, Header], dict[str, int]] | None:
+    """Read what `keep` wrote; None if it wrote nothing."""
+    path = staging / _KEPT
+    if not path.is_file():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    headers = {
+        shard: {
+            name: TensorInfo(dtype, tuple(shape), start, end)
+            for name, (dtype, shape, start, end) in entry["tensors"].items()
+        }
+        for shard, entry in data.items()
+    }
+    return headers, {shard: entry["size"] for shard, entry in data.items()}

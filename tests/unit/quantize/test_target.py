@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A conversion survives stops, full disks and lost shards, and may eat its source safely."""
+
+import errno
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from quantize.checksums import Checksums, damages
+from quantize.config import Recipe, get_recipe
+from quantize.convert import Options, convert
+from quantize.job import Item, peak_disk, plan_job
+from quantize.source import Slice, Source
+from quantize.target import Target
+
+FP4 = get_recipe("fp4")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+class Counted:
+    """Bytes that a conversion reads of its source."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.spans: list[tuple[str, int, int]] = []
+        read_into = Source.read_into
+
+        def counted(source: Source, place: Slice, view: memoryview, skip: int = 0) -> None:
+            start = place.start + skip
+            self.spans.append((place.shard, start, start + len(view)))
+            read_into(source, place, view, skip)
+
+        monkeypatch.setattr(Source, "read_into", counted)
+
+
+def test_every_byte_of_the_source_is_read_once(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+    convert(sharded, tmp_path / "out", FP4, max_shard_size=300_000)
+    spans = sorted(counted.spans)
+    for (shard, _, end), (following, start, _) in pairwise(spans):
+        assert shard != following or end == start
+    size = sum(path.stat().st_size for path in sharded.glob("model-*.safetensors"))
+    headers = sum(
+        8 + int.from_bytes(p.read_bytes()[:8], "little")
+        for p in sharded.glob("model-*.safetensors")
+    )
+    assert sum(end - start for _, start, end in spans) == size - headers
+
+
+def test_workers_change_no_byte(sharded: Path, tmp_path: Path) -> None:
+    blocks = Recipe("fp8", (("*.mlp.experts.*", "fp8_block32"),))
+    one = convert(sharded, tmp_path / "one", blocks, options=Options(workers=1))
+    many = convert(sharded, tmp_path / "many", blocks, options=Options(workers=5))
+    assert contents(one) == contents(many)
+
+
+def test_shards_go_once_they_are_converted(sharded: Path, tmp_path: Path) -> None:
+    wanted = contents(convert(sharded, tmp_path / "whole", FP4, max_shard_size=300_000))
+    options = Options(delete_source_shards=True)
+    target = convert(sharded, tmp_path / "out", FP4, 300_000, options=options)
+    assert contents(target) == wanted
+    assert not list(sharded.glob("model-*.safetensors"))
+    assert convert(sharded, target, FP4, 300_000, options=options) == target
+    assert contents(target) == wanted
+
+
+@pytest.mark.parametrize("stop", [3, 9, 16, 30, 45])
+def test_a_conversion_that_eats_its_source_survives_a_stop(
+    sharded: Path, tmp_path: Path, stop: int
+) -> None:
+    wanted = contents(convert(sharded, tmp_path / "whole", FP4, max_shard_size=300_000))
+    calls = 0
+
+    def interrupt(file: str, done: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > stop:
+            raise KeyboardInterrupt
+
+    options = Options(delete_source_shards=True, progress=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(sharded, tmp_path / "out", FP4, 300_000, options=options)
+    assert not (tmp_path / "out" / "config.json").exists()
+    options = Options(delete_source_shards=True)
+    convert(sharded, tmp_path / "out", FP4, 300_000, options=options)
+    assert contents(tmp_path / "out") == wanted
+
+
+def test_a_shard_stays_if_the_disk_does_not_give_back_what_was_written(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: Target, item: Item, view: memoryview, skip: int = 0) -> None:
+        spoilt = bytearray(view)
+        spoilt[0] ^= 1
+        write(self, item, memoryview(spoilt), skip)
+
+    write = Target.write
+    monkeypatch.setattr(Target, "write", failing)
+    options = Options(delete_source_shards=True)
+    with pytest.raises(ValueError, match="is not what was written; the disk is failing"):
+        convert(sharded, tmp_path / "out", FP4, options=options)
+    assert len(list(sharded.glob("model-*.safetensors"))) == 4
+
+
+def test_a_missing_shard_is_named_and_the_rest_kept(sharded: Path, tmp_path: Path) -> None:
+    options = Options(delete_source_shards=True)
+    lost = sharded / "model-00003-of-00004.safetensors"
+    raw = lost.read_bytes()
+
+    def lose(file: str, done: int) -> None:
+        lost.unlink(missing_ok=True)
+
+    with pytest.raises(ValueError, match=r"model-00003-of-00004.safetensors: this shard is miss"):
+        convert(
+            sharded, tmp_path / "out", FP4,
+            options=Options(delete_source_shards=True, progress=lose),
+        )  # fmt: skip
+    assert not (tmp_path / "out" / "config.json").exists()
+    lost.write_bytes(raw)
+    convert(sharded, tmp_path / "out", FP4, options=options)
+    sums = Checksums.load(tmp_path / "out")
+    assert sums is not None
+    assert list(damages(tmp_path / "out", sums)) == []
+
+
+def test_a_shard_cut_while_it_is_read_is_an_error(sharded: Path, tmp_path: Path) -> None:
+    cut = sharded / "model-00003-of-00004.safetensors"
+    raw = cut.read_bytes()
+
+    def shorten(file: str, done: int) -> None:
+        cut.write_bytes(raw[:-10])
+
+    with pytest.raises(ValueError, match="truncated or corrupted, fetch it again"):
+        convert(sharded, tmp_path / "out", FP4, progress=shorten)
+    cut.write_bytes(raw)
+    whole = convert(sharded, tmp_path / "whole", FP4)
+    assert contents(convert(sharded, tmp_path / "out", FP4)) == contents(whole)
+
+
+def test_a_disk_that_fills_up_is_explained_and_the_run_continues(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, calls = Target.write, 0
+
+    def full(self: Target, item: Item, view: memoryview, skip: int = 0) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, item, view, skip)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "write", full)
+        with pytest.raises(ValueError, match="the disk is full; what is written so far is kept"):
+            convert(sharded, tmp_path / "out", FP4, max_shard_size=300_000)
+    assert not (tmp_path / "out" / "config.json").exists()
+    convert(sharded, tmp_path / "out", FP4, max_shard_size=300_000)
+    whole = convert(sharded, tmp_path / "whole", FP4, max_shard_size=300_000)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_eating_the_source_wants_less_disk(sharded: Path) -> None:
+    source = Source(sharded)
+    job = plan_job(source, FP4)
+    sizes = source.origin.sizes
+    assert peak_disk(job, sizes, fetched=False, deleted=False) == job.nbytes
+    deleted = peak_disk(job, sizes, fetched=False, deleted=True)
+    assert deleted < job.nbytes - min(sizes.values())
+    fetched = peak_disk(job, sizes, fetched=True, deleted=False)
+    assert job.nbytes < fetched < job.nbytes + 2 * max(sizes.values())
+
+
+def test_the_error_of_rounding_is_told(release: Path, tmp_path: Path) -> None:
+    told: list[float] = []
+    convert(release, tmp_path / "a", FP4, options=Options(tell_error=told.append))
+    assert told == []
+    blocks = Recipe("fp8", (("*.mlp.experts.*", "fp8_block128"),))
+    convert(release, tmp_path / "b", blocks, options=Options(tell_error=told.append))
+    assert len(told) == 3 * 4
+    assert 0 <= told[-1] < 2**-8

@@ -39,9 +39,11 @@ from modeling_dsv4.formats import get_format
 from modeling_dsv4.moe import Dsv4Experts
 from quantize.quality import Quality, Reference, noise_floor, run
 from quantize.report import Point, draw
+from quantize.rounding import GRIDS, TRELLISES, quantize_weight
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 512
+CALIBRATED_FORMATS = {*GRIDS, *TRELLISES}
 # Speeches that are read for measuring, and for calibration; none is in both.
 MEASURED = ("1865", "2019")
 CALIBRATED = ("1867", "1921", "1962", "2003")
@@ -185,37 +187,27 @@ def row_of(way: Way, bits: float, q: Quality, speed: float) -> dict[str, Any]:
 
 
 def our_ways() -> Iterator[Way]:
-    """Every format and recipe: to nearest, fitted without data, and with the inputs' moments."""
-    rounding = importlib.util.find_spec("quantize.rounding")
+    """Every format and recipe; those that can use the inputs' moments also with them."""
 
-    def make(name: str, fitted: bool) -> Any:
+    def make(name: str) -> Any:
         fmt = get_format(name)
 
         def round_it(w: torch.Tensor, moments: torch.Tensor | None) -> tuple[torch.Tensor, float]:
-            if fitted:
-                from quantize.rounding import quantize_weight
-
-                parts = quantize_weight(w, fmt, moments)
-            else:
-                parts = fmt.pack(w)
+            parts = quantize_weight(w, fmt, moments)
             return fmt.unpack(parts, torch.float32), fmt.nbytes(tuple(w.shape))
 
         return round_it
 
-    fits = (False, True) if rounding is not None else (False,)
     uses = {name: (name, name) for name in sorted(formats._FORMATS)}
     for recipe in quantize.RECIPES.values():
         layer = "model.layers.0.mlp.experts"
         both = [recipe.format_of(f"{layer}.{p}") or "" for p in ("gate_up_proj", "down_proj")]
         uses[f"recipe {recipe.name}"] = (both[0], both[1])
-    for name, (other, down) in uses.items():
-        for fitted in fits:
-            rounds = make(other, fitted), make(down, fitted)
-            if fitted:
-                yield Way("dsv4", f"{name}, fitted", False, *rounds)
-                yield Way("dsv4", f"{name}, calibrated", True, *rounds)
-            else:
-                yield Way("dsv4", f"{name}, nearest", False, *rounds)
+    for name, used in uses.items():
+        rounds = make(used[0]), make(used[1])
+        yield Way("dsv4", name, False, *rounds)
+        if set(used) <= CALIBRATED_FORMATS:
+            yield Way("dsv4", f"{name}, calibrated", True, *rounds)
 
 
 # --- what is written ----------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from modeling_dsv4.safetensors_file import read_index
 from .config import Dsv4QuantizationConfig, Recipe, get_recipe
 from .experts import StoredExperts
 from .hf_quantizer import Dsv4Quantizer
+from .pack import PackLayout
 from .sizes import format_size
 
 METHOD = "dsv4_bitsandbytes"
@@ -185,19 +186,18 @@ def round_experts(model: nn.Module, recipe: Recipe) -> None:
         if not isinstance(plain, Dsv4Experts):
             continue
         sizes = (plain.hidden_size, plain.intermediate_size)
-        layout = recipe.layout(prefix + path, *sizes)
-        packed = StoredExperts(prefix + path, plain.num_experts, *sizes, plain.swiglu_limit, layout)
-        weights = {
-            "gate_up_proj": plain.gate_up_proj.detach().unflatten(1, (2, -1)),
-            "down_proj": plain.down_proj.detach(),
-        }
-        packed.packed = torch.stack([
-            layout.encode({
-                name: get_format(layout.format(name)).pack(weight[e])
-                for name, weight in weights.items()
-            })
-            for e in range(plain.num_experts)
-        ])  # fmt: skip
+        module = prefix + path
+        layout = PackLayout.build(module, plain.num_experts, *sizes, recipe.format_of)
+        packed = StoredExperts(module, plain.num_experts, *sizes, plain.swiglu_limit, layout)
+        packed.packed = torch.empty(layout.shape, dtype=torch.uint8)
+        for e in range(plain.num_experts):
+            weights = {
+                "gate_up_proj": plain.gate_up_proj[e].detach().unflatten(0, (2, -1)),
+                "down_proj": plain.down_proj[e].detach(),
+            }
+            record = layout.of(e)
+            parts = {k: get_format(record.format(k)).pack(w) for k, w in weights.items()}
+            layout.record(packed.packed, e).copy_(record.encode(parts))
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, packed)
 
@@ -218,7 +218,7 @@ def describe(model: nn.Module) -> str:
     stays: dict[str, int] = {}
     for path, module in model.named_modules():
         if isinstance(module, StoredExperts):
-            sizes["experts"] += module.num_experts * module.layout.nbytes
+            sizes["experts"] += module.layout.nbytes
         elif isinstance(module, kinds):
             sizes["linear maps"] += module.weight.nbytes
         else:

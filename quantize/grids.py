@@ -145,11 +145,10 @@ def finite(w: torch.Tensor) -> torch.Tensor:
     return w
 
 
-def _grid_format(bits: int) -> WeightFormat:
-    grid = Grid(bits)
+def _grid_format(grid: Grid) -> WeightFormat:
     return WeightFormat(
-        name=f"int{bits}",
-        bits=bits,
+        name=f"int{grid.bits}",
+        bits=grid.bits,
         group=GROUP,
         parts=grid.parts,
         pack=grid.pack,
@@ -157,6 +156,5 @@ def _grid_format(bits: int) -> WeightFormat:
     )
 
 
-INT2 = register_format(_grid_format(2))
-INT3 = register_format(_grid_format(3))
-INT4 = register_format(_grid_format(4))
+GRIDS = {f"int{bits}": Grid(bits) for bits in (2, 3, 4)}
+INT2, INT3, INT4 = (register_format(_grid_format(grid)) for grid in GRIDS.values())

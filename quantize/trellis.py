@@ -18,6 +18,7 @@ size, for which the table is made and one bfloat16 scale a row is enough.
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,8 @@ _DEVICE_ROWS = 4096
 _TINY = 2.0**-126
 _NEVER = 1e9
 
+Settled = Callable[[torch.Tensor, int, torch.Tensor], None]
+
 
 @dataclass(frozen=True)
 class Trellis:
@@ -59,19 +62,42 @@ class Trellis:
         scale = scale * self.gain(codes, y)
         return self.store(codes.view(*w.shape[:-1], -1), scale.view(*w.shape[:-1], 1))
 
-    def search(self, y: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Codes [R, K / 2] uint8 of the streams nearest to rows y [R, K] of size 1."""
-        rows = _ROWS.get(y.device.type, _DEVICE_ROWS)
-        return torch.cat([self._search(part, table) for part in y.split(rows)])
+    def search(
+        self,
+        y: torch.Tensor,
+        table: torch.Tensor,
+        settled: Settled | None = None,
+        commit: int = COMMIT,
+        ahead: int = AHEAD,
+    ) -> torch.Tensor:
+        """Find the streams nearest to rows y [R, K] of size 1: codes [R, K / 2] uint8.
 
-    def _search(self, y: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        Args:
+            y: rotated rows.
+            table: of `table()`.
+            settled: told of every stretch whose codes are final, its first column and what is
+                wrong there [r, n]; it may change the columns behind of the rows' y [r, K] in place.
+            commit: columns of such a stretch, even.
+            ahead: columns behind it that the search looks at before it settles, even.
+        """
+        rows = _ROWS.get(y.device.type, _DEVICE_ROWS)
+        return torch.cat([
+            self._search(part.clone(), table, settled, commit, ahead) for part in y.split(rows)
+        ])  # fmt: skip
+
+    def _search(
+        self, y: torch.Tensor, table: torch.Tensor, settled: Settled | None, commit: int, ahead: int
+    ) -> torch.Tensor:
         state = torch.zeros(len(y), dtype=torch.int64, device=y.device)
         codes = []
-        for start in range(0, y.shape[1], COMMIT):
-            target = y[:, start : start + COMMIT + AHEAD]
-            states = viterbi(target, table, self.bits, state)[: COMMIT // 2]
-            state = states[-1]
-            codes.append(states & (1 << self.bits) - 1)
+        for start in range(0, y.shape[1], commit):
+            target = y[:, start : start + commit + ahead]
+            path = viterbi(target, table, self.bits, state)[: commit // 2]
+            state = path[-1]
+            codes.append(path & (1 << self.bits) - 1)
+            if settled is not None:
+                chosen = table[path].transpose(0, 1).flatten(1)
+                settled(y, start, y[:, start : start + commit] - chosen)
         return torch.cat(codes).T.to(torch.uint8)
 
     def gain(self, codes: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -194,11 +220,10 @@ def viterbi(y: torch.Tensor, table: torch.Tensor, bits: int, state: torch.Tensor
     return path
 
 
-def _trellis_format(bits: int) -> WeightFormat:
-    trellis = Trellis(bits)
+def _trellis_format(name: str, trellis: Trellis) -> WeightFormat:
     return WeightFormat(
-        name=f"trellis{bits / 2:g}",
-        bits=bits / 2,
+        name=name,
+        bits=trellis.bits / 2,
         group=BLOCK,
         parts=trellis.parts,
         pack=trellis.pack,
@@ -206,8 +231,7 @@ def _trellis_format(bits: int) -> WeightFormat:
     )
 
 
-TRELLIS2 = register_format(_trellis_format(4))
-TRELLIS2_5 = register_format(_trellis_format(5))
-TRELLIS3 = register_format(_trellis_format(6))
-TRELLIS3_5 = register_format(_trellis_format(7))
-TRELLIS4 = register_format(_trellis_format(8))
+TRELLISES = {f"trellis{bits / 2:g}": Trellis(bits) for bits in (4, 5, 6, 7, 8)}
+TRELLIS2, TRELLIS2_5, TRELLIS3, TRELLIS3_5, TRELLIS4 = (
+    register_format(_trellis_format(name, trellis)) for name, trellis in TRELLISES.items()
+)

@@ -130,7 +130,7 @@ def test_no_expert_stays_wide(source: Path) -> None:
     assert not any(isinstance(m, Dsv4Experts) for m in model.modules())
     experts = [m for m in model.modules() if isinstance(m, StoredExperts)]
     assert len(experts) == model.config.num_hidden_layers
-    assert {m.layout.format("down_proj") for m in experts} == {"fp4"}
+    assert {m.layout.of(0).format("down_proj") for m in experts} == {"fp4"}
     assert model.is_loaded_in_4bit
 
 

@@ -77,8 +77,8 @@ class Instrument:
         moments: {name: second moments of its inputs [in, in]}.
     """
 
-    def __init__(self, name: str, directory: Path, rows: int, folder: Path) -> None:
-        self.name = name
+    def __init__(self, name: str, directory: Path, rows: int, folder: Path, every: int = 1) -> None:
+        self.name, self.every = name, every
         tokenizer = AutoTokenizer.from_pretrained(directory)
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         self.weights = dict(self._weights())
@@ -103,7 +103,8 @@ class Instrument:
                     yield f"{path}.{e}.up_proj", up
                     yield f"{path}.{e}.down_proj", module.down_proj.data[e]
             elif self.name != "nano" and type(module) is torch.nn.Linear and path != "lm_head":
-                yield path, module.weight.data
+                if int(path.split(".")[2]) % self.every == self.every // 2:
+                    yield path, module.weight.data
 
     @torch.no_grad()
     def _calibrate(self, rows: torch.Tensor) -> None:
@@ -252,10 +253,11 @@ def measure_all(args: argparse.Namespace, console: Console) -> None:
     directory = args.model or ROOT / "models" / "nano-v41"
     data = json.loads(args.output.read_text()) if args.output.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
-        instrument = Instrument(args.what, directory, args.rows, Path(folder))
+        instrument = Instrument(args.what, directory, args.rows, Path(folder), args.every)
+        name = args.what if args.every == 1 else f"{args.what}-every-{args.every}"
         said = {"tokens": instrument.source.tokens, "perplexity": instrument.source.perplexity,
                 "floor": instrument.floor.kld_mean, "length": LENGTH}  # fmt: skip
-        old = data.get(args.what, {}).get("rows", [])
+        old = data.get(name, {}).get("rows", [])
         rows = {(r["family"], r["name"]): r for r in old}
         for way in ways:
             try:
@@ -265,7 +267,7 @@ def measure_all(args: argparse.Namespace, console: Console) -> None:
                 continue
             rows[row["family"], row["name"]] = row
             console.print(f"{row['bits']:.3f} {row['kld_mean']:.5f} {way.family} {way.name}")
-            data[args.what] = {**said, "rows": list(rows.values())}
+            data[name] = {**said, "rows": list(rows.values())}
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
@@ -275,6 +277,7 @@ def main() -> None:
     parser.add_argument("what", choices=("nano", "smollm2", "plot"))
     parser.add_argument("--model", type=Path, help="directory of SmolLM2")
     parser.add_argument("--ggml", type=Path, help="libggml-base.so")
+    parser.add_argument("--every", type=int, default=1, help="round every nth layer alone")
     parser.add_argument("--ways", default="", help="regular expression over family and name")
     parser.add_argument("--rows", type=int, default=6, help=f"rows of {LENGTH} tokens measured")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "ladder.json")

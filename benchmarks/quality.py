@@ -102,9 +102,14 @@ class Instrument:
                     yield f"{path}.{e}.gate_proj", gate
                     yield f"{path}.{e}.up_proj", up
                     yield f"{path}.{e}.down_proj", module.down_proj.data[e]
-            elif self.name != "nano" and type(module) is torch.nn.Linear and path != "lm_head":
-                if int(path.split(".")[2]) % self.every == self.every // 2:
-                    yield path, module.weight.data
+            elif self._is_rounded(path, module):
+                yield path, module.weight.data
+
+    def _is_rounded(self, path: str, module: torch.nn.Module) -> bool:
+        """Whether a linear map belongs to a layer that is rounded; of the nano none does."""
+        if self.name == "nano" or type(module) is not torch.nn.Linear or ".layers." not in path:
+            return False
+        return int(path.split(".")[2]) % self.every == self.every // 2
 
     @torch.no_grad()
     def _calibrate(self, rows: torch.Tensor) -> None:

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from modeling_dsv4.formats import get_format
 from modeling_dsv4.hf_quantizer import ReleaseConfig
 
-from .pack import PROJECTIONS, RecordLayout
 from .sizes import parse_size
 from .trellis import TRELLIS2, TRELLIS2_5, TRELLIS3, TRELLIS3_5
 
@@ -58,19 +57,6 @@ class Recipe:
             else:
                 exact.setdefault(pattern, (place, name))
         return exact, wild
-
-    def layout(self, module: str, hidden: int, width: int) -> RecordLayout:
-        """Record of one expert of the experts module `module`."""
-        formats = []
-        for projection in PROJECTIONS:
-            found = self.format_of(f"{module}.{projection}")
-            if found is None:
-                raise ValueError(
-                    f"recipe {self.name!r}: wanted a format for {module}.{projection}, got none; "
-                    'add a rule such as ["*.mlp.experts.*", "fp4"]'
-                )
-            formats.append(found)
-        return RecordLayout.build(hidden, width, *formats)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""

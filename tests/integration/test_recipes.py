@@ -20,7 +20,7 @@ from quantize.pack import PackFile
 
 FORMATS = sorted(formats._FORMATS)
 NANO = Path(__file__).parents[2] / "models" / "nano-v41"
-WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "vocab_size": 96}
+WIDE = {"hidden_size": 64, "moe_intermediate_size": 64, "vocab_size": 96}
 Load = Callable[..., Dsv4ForCausalLM]
 
 
@@ -103,8 +103,11 @@ def test_experts_in_every_format_come_back(
     comes_back(converted(tiny_v4, uniform(name)), tmp_path)
 
 
-@pytest.mark.parametrize("recipe", sorted(quantize.RECIPES))
-@pytest.mark.parametrize("source", ["tiny V4", "nano V4.1"])
+# The nano's experts are 50 times a tiny model's, and rounding them is most of the test.
+PAIRS = [*(("tiny V4", recipe) for recipe in sorted(quantize.RECIPES)), ("nano V4.1", "q2")]
+
+
+@pytest.mark.parametrize(("source", "recipe"), PAIRS)
 def test_every_named_recipe_comes_back(
     tiny_v4: Path, converted: Callable[..., Path], tmp_path: Path, recipe: str, source: str
 ) -> None:

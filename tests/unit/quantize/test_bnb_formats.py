@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-import quantize
 from modeling_dsv4.formats import get_format
+from quantize.pack import PackLayout
 
 functional = pytest.importorskip("bitsandbytes.functional")
 SHAPE = (2, 3, 5, 192)
@@ -68,4 +68,4 @@ def test_nf4_groups_never_reach_into_the_next_row() -> None:
     with pytest.raises(ValueError, match="whole groups of 64 weights for nf4"):
         get_format("nf4").parts((4, 96))
     with pytest.raises(ValueError, match="whole groups of 64"):
-        quantize.Recipe("x", (("*", "nf4"),)).layout("model.layers.0.mlp.experts", 64, 96)
+        PackLayout.build("model.layers.0.mlp.experts", 2, 64, 96, lambda name: "nf4")

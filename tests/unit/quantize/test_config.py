@@ -7,6 +7,7 @@ import pytest
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 from quantize import Dsv4QuantizationConfig, Dsv4Quantizer, Recipe, get_recipe
+from quantize.pack import PackLayout
 
 NAME = "model.layers.3.mlp.experts"
 
@@ -16,8 +17,8 @@ def test_the_first_pattern_that_matches_decides() -> None:
     assert recipe.format_of(f"{NAME}.down_proj") == "fp8_block32"
     assert recipe.format_of(f"{NAME}.gate_up_proj") == "fp4"
     assert recipe.format_of("model.layers.3.mlp.gate.weight") is None
-    layout = recipe.layout(NAME, 64, 32)
-    assert layout.formats == (("gate_up_proj", "fp4"), ("down_proj", "fp8_block32"))
+    layout = PackLayout.build(NAME, 2, 64, 32, recipe.format_of)
+    assert layout.of(1).formats == (("gate_up_proj", "fp4"), ("down_proj", "fp8_block32"))
 
 
 def test_fp4_packs_every_expert_and_nothing_else() -> None:
@@ -74,8 +75,8 @@ def test_an_unknown_format_is_refused_when_the_recipe_is_made() -> None:
 
 def test_a_recipe_that_skips_experts_is_refused() -> None:
     recipe = Recipe("mine", (("*.gate_up_proj", "fp4"),))
-    with pytest.raises(ValueError, match=f"wanted a format for {NAME}.down_proj"):
-        recipe.layout(NAME, 64, 32)
+    with pytest.raises(ValueError, match=f"wanted a format for {NAME}.0.down_proj"):
+        PackLayout.build(NAME, 2, 64, 32, recipe.format_of)
 
 
 @pytest.mark.parametrize("bad", [{}, {"name": "a"}, {"name": "a", "rules": [["*"]]}, 3])

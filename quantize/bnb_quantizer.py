@@ -2,7 +2,7 @@
 """bitsandbytes for the dense linear maps, our packs for the routed experts: one saved model.
 
 bitsandbytes' own quantizer replaces `nn.Linear` and knows nothing of experts, which would stay as
-wide as they were: of V4-Flash 97 % of all bytes. `from_pretrained(..., quantization_config=
+wide as they were: of V4-Flash 97 % of all weights. `from_pretrained(..., quantization_config=
 BitsAndBytesConfig(...))` therefore ends here: its quantizer does the linear maps, the experts
 become records of a pack (or stay in the packs that they are in), and both are saved and loaded
 again under the method "dsv4_bitsandbytes".

@@ -263,9 +263,7 @@ def _bar(total: int, silent: bool, unit: str = "bytes") -> Any:
         return
     size = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
     error = TextColumn("{task.fields[error]}")
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), *size, TimeRemainingColumn(), error,
-    )  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), *size, TimeRemainingColumn(), error)
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total, error="")
         yield (

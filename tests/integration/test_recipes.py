@@ -74,7 +74,7 @@ def continuation(model: Any) -> torch.Tensor:
 
 
 def largest_record(directory: Path) -> int:
-    return max(PackFile.open(p).layout.nbytes for p in directory.glob("experts-*.safetensors"))
+    return max(PackFile.open(p).layout.largest for p in directory.glob("experts-*.safetensors"))
 
 
 def comes_back(directory: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from .rotary import rotation
 from .segments import RowState, Segments, find_segments, find_step
 from .simulation import set_simulation
 from .step import is_step
-from .storage import OpaqueWeights
+from .storage import OpaqueWeights, PackedEmbedding
 
 # Tokens that pass the layers at once where nothing needs all of them (no gradients).
 _CHUNK_TOKENS = 8192
@@ -69,6 +69,12 @@ class Dsv4PreTrainedModel(PretrainedLoading, PreTrainedModel):
         held = {part for name in names for part in name}
         self._keep_in_fp32_modules_strict = held & set(FLOAT32_NAMES)
         super().post_init()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes in; a packed embedding's codes have another."""
+        table = self.get_input_embeddings()
+        return table.dtype if isinstance(table, PackedEmbedding) else super().dtype
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any

@@ -28,6 +28,7 @@ from modeling_dsv4.safetensors_file import INDEX
 
 from .checksums import Checksums, write_text
 from .config import METHOD, Recipe
+from .dense import DensePart, part_tiles
 from .encode import Statistics, encode_expert, keeps_bytes
 from .hub import HubOrigin, is_repository
 from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, peak_disk, plan_job
@@ -269,6 +270,9 @@ def _make(
         told.rounded(made.error, made.power)
         told.progress(item.file, item.nbytes)
         return zlib.crc32(raw)
+    part = target.job.files[item.file].packed.get(item.key)
+    if part is not None:
+        return _make_part(source, target, item, part, told)
     place = source.raw(item.key)
     if place is None:
         raw = source.get(item.key).flatten().view(torch.uint8).numpy().data
@@ -282,6 +286,17 @@ def _make(
         target.write(item, piece, at)
         crc = zlib.crc32(piece, crc)
         told.progress(item.file, len(piece))
+    return crc
+
+
+def _make_part(source: Source, target: Target, item: Item, part: DensePart, told: "_Told") -> int:
+    """Round a dense weight tile by tile and write one part of it; returns its checksum."""
+    crc = at = 0
+    for tile in part_tiles(source, part):
+        raw = tile.contiguous().view(torch.uint8).flatten().numpy().data
+        target.write(item, raw, at)
+        crc, at = zlib.crc32(raw, crc), at + len(raw)
+        told.progress(item.file, len(raw))
     return crc
 
 

@@ -129,6 +129,18 @@ class Source:
         tensor = self.read(Slice.of(self._files[stored].name, self._info[stored], None))
         return tensor.float() if self._kinds.get(name) == "f32" else tensor
 
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read rows [start, stop) of a dense tensor under our name, as they are stored."""
+        stored = self._dense_names[name]
+        info = self._info[stored]
+        row = (info.end - info.start) // info.shape[0]
+        shape = (stop - start, *info.shape[1:])
+        at = info.start + start * row
+        place = Slice(
+            self._files[stored].name, info.dtype, shape, at, at + len(range(start, stop)) * row
+        )
+        return self.read(place)
+
     def raw(self, name: str) -> Slice | None:
         """Where a dense tensor's bytes are; None if they are made or changed in reading."""
         stored = self._dense_names.get(name)

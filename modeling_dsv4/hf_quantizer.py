@@ -19,12 +19,19 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .formats import fp8_block_format
 from .moe import Dsv4Experts
-from .storage import Fp8Embedding, Fp8GroupedLinear, Fp8Linear, GroupedLinear, PackedExperts
+from .storage import (
+    Fp8GroupedLinear,
+    Fp8Linear,
+    GroupedLinear,
+    PackedEmbedding,
+    PackedExperts,
+    PackedHead,
+)
 from .validate_config import check_release_quantization
 from .weight_map import storage_kinds
 
 RELEASE_METHOD = "dsv4_release"
-STORAGE_MODULES = (Fp8Linear, Fp8GroupedLinear, Fp8Embedding, PackedExperts)
+STORAGE_MODULES = (Fp8Linear, Fp8GroupedLinear, PackedEmbedding, PackedHead, PackedExperts)
 
 
 class ReleaseConfig(QuantizationConfigMixin):
@@ -139,7 +146,7 @@ def stored_module(plain: nn.Module, kind: str, block: int = 0) -> nn.Module:
     if kind == "fp8" and isinstance(plain, nn.Linear):
         return Fp8Linear(plain.in_features, plain.out_features, block)
     if kind == "rows" and isinstance(plain, nn.Embedding):
-        return Fp8Embedding(plain.num_embeddings, plain.embedding_dim)
+        return PackedEmbedding(plain.num_embeddings, plain.embedding_dim)
     raise ValueError(
         "wanted a linear map or experts to store in FP8, experts in FP4 or an embedding in rows, "
         f"got {type(plain).__name__} to store as {kind!r}"

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PreTrainedModel
 
-from .blocks import MarkovHead
+from .draft import MarkovHead
 from .engram_hash import DEAD, EngramHash
 from .moe import Dsv4Router
+from .storage import FrozenStorage
 
 if TYPE_CHECKING:
     from .modeling_dsv4 import Dsv4PreTrainedModel
@@ -102,7 +103,7 @@ def _check(model: Dsv4PreTrainedModel, target: int) -> None:
             _check_map(module, target)
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         weight = getattr(table, "weight", None)
-        plain = weight is not None and weight.dtype.is_floating_point and not weight.is_meta
+        plain = weight is not None and not weight.is_meta and not isinstance(table, FrozenStorage)
         if table is not None and not plain:
             raise ValueError(
                 "resize_token_embeddings: wanted plain embeddings in memory, got "

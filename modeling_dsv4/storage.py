@@ -22,11 +22,11 @@ from .formats import (
     Parts,
     Shape,
     WeightFormat,
-    dequantize_fp8_rows,
     fp8_block_format,
     get_format,
 )
 from .kernel_choice import use_triton
+from .layers import Float32Head
 from .moe import Dsv4Experts, ExpertsBase, Linear, StackedWeight
 from .weight_map import opaque_inventory
 
@@ -363,46 +363,117 @@ class PackedExperts(FrozenStorage, ExpertsBase):
         return f"{sizes}, {self.format.name}"
 
 
-class Fp8Embedding(FrozenStorage):
-    """An embedding table in FP8 rows; only the rows asked for are read and dequantized."""
+def stored_name(suffix: str) -> str:
+    """Name of a part beside a module's `weight`: scales are called as the releases call them."""
+    return f"weight{'_scale_inv' if suffix == '_scale' else suffix}"
 
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+
+class _PackedRows(FrozenStorage):
+    """A weight [rows, in] in a format whose rows stand alone."""
+
+    format: WeightFormat
+
+    def _make_rows(self, shape: Shape, weight_format: WeightFormat | str) -> None:
+        self.format = get_format(weight_format)
+        if self.format.row_block != 1:
+            raise ValueError(
+                "wanted a format whose rows can be read alone, such as fp8_rows32 or fp4, got "
+                f"{self.format.name}"
+            )
+        for suffix, entry in self.format.parts(shape).items():
+            setattr(self, stored_name(suffix), _frozen(*entry))
+        self._suffixes = tuple(self.format.parts(shape))
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        return {suffix: getattr(self, stored_name(suffix)) for suffix in self._suffixes}
+
+    def set_weight(self, weight: torch.Tensor) -> None:
+        """Round a wide weight [rows, in] into place."""
+        for suffix, part in self.format.pack(weight).items():
+            setattr(self, stored_name(suffix), nn.Parameter(part, requires_grad=False))
+
+
+class PackedEmbedding(_PackedRows):
+    """An embedding table in packed rows; only the rows asked for are read and dequantized."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        weight_format: WeightFormat | str = FP8_ROWS32,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        """Make an empty table that gives rows in `dtype`; bfloat16 holds the releases' exactly."""
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        parts = FP8_ROWS32.parts((num_embeddings, embedding_dim))
-        self.weight = _frozen(*parts[""])
-        self.weight_scale_inv = _frozen(*parts["_scale"])
+        self.dtype = dtype
+        self._make_rows((num_embeddings, embedding_dim), weight_format)
 
     @classmethod
-    def from_plain(cls, embedding: nn.Embedding) -> Fp8Embedding:
+    def from_plain(
+        cls,
+        embedding: nn.Embedding,
+        weight_format: WeightFormat | str = FP8_ROWS32,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> PackedEmbedding:
         """Round a plain table."""
         with torch.device("meta"):
-            out = cls(embedding.num_embeddings, embedding.embedding_dim)
-        packed = FP8_ROWS32.pack(embedding.weight)
-        out.weight = nn.Parameter(packed[""], requires_grad=False)
-        out.weight_scale_inv = nn.Parameter(packed["_scale"], requires_grad=False)
+            out = cls(embedding.num_embeddings, embedding.embedding_dim, weight_format, dtype)
+        out.set_weight(embedding.weight)
         return out
 
     def to_plain(self, dtype: torch.dtype) -> nn.Embedding:
         out = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
-        weight = dequantize_fp8_rows(self.weight, self.weight_scale_inv, dtype)
-        out.weight = nn.Parameter(weight)
+        out.weight = nn.Parameter(self.format.unpack(self.parts(), dtype))
         return out
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of ids [...]: [..., embedding_dim] bfloat16, which holds them exactly."""
+        """Rows of ids [...]: [..., embedding_dim]."""
         flat = ids.flatten()
         # Gathered as bytes: indexing is not implemented for every 8-bit float.
-        codes, scale = (
-            t.view(torch.uint8).index_select(0, flat).view(t.dtype)
-            for t in (self.weight, self.weight_scale_inv)
-        )
-        return dequantize_fp8_rows(codes, scale, torch.bfloat16).view(
-            *ids.shape, self.embedding_dim
-        )
+        rows = {
+            suffix: part.view(torch.uint8).index_select(0, flat).view(part.dtype)
+            for suffix, part in self.parts().items()
+        }
+        return self.format.unpack(rows, self.dtype).view(*ids.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, {FP8_ROWS32.name}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.format.name}"
+
+
+class PackedHead(_PackedRows, nn.Linear):
+    """`lm_head` in packed rows: [..., D] in float32, logits [..., V] in float32."""
+
+    def __init__(
+        self, in_features: int, out_features: int, weight_format: WeightFormat | str
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", None)
+        self._make_rows((out_features, in_features), weight_format)
+
+    @classmethod
+    def from_plain(cls, linear: nn.Linear, weight_format: WeightFormat | str) -> PackedHead:
+        """Round a plain head."""
+        with torch.device("meta"):
+            out = cls(linear.in_features, linear.out_features, weight_format)
+        out.set_weight(linear.weight)
+        return out
+
+    def to_plain(self, dtype: torch.dtype) -> Float32Head:
+        out = Float32Head(self.in_features, self.out_features, bias=False, device="meta")
+        out.weight = nn.Parameter(self.format.unpack(self.parts(), dtype))
+        return out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return packed_linear(x.float(), self.parts(), self.format)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.format.name}"
 
 
 class OpaqueWeights(FrozenStorage):

@@ -24,8 +24,10 @@ _WILD = re.compile(r"[*?[]")
 class Recipe:
     """Ordered (pattern, format) pairs over the names of weights; the first match decides.
 
-    Patterns are shell wildcards. A weight that no pattern matches stays as its source has it; the
-    routed experts have to match, since a pack holds nothing else.
+    Patterns are shell wildcards. Routed experts have to match, since a pack holds nothing else.
+    Beside them rules reach `model.embed_tokens.weight`, `lm_head.weight` and the tables
+    `*.engram.embed.weight`; these stay as their source has them where no pattern matches, and every
+    other weight does in any case.
     """
 
     name: str

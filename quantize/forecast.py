@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .convert import count_workers, space_wanted
-from .encode import encode_expert
+from .encode import Statistics, encode_expert
 from .job import Job, entry_bytes
 from .source import Source
 
@@ -54,12 +54,14 @@ class Forecast:
     seconds: float | None
 
 
-def forecast(source: Source, job: Job, target: Path) -> Forecast:
+def forecast(
+    source: Source, job: Job, target: Path, statistics: Statistics | None = None
+) -> Forecast:
     """Add up headers, and try an expert of each kind."""
     where = next(path for path in (target, *target.absolute().parents) if path.is_dir())
     parts = (*_expert_parts(source, job), _dense_part(source, job))
     disk, free = space_wanted(source, job), shutil.disk_usage(where).free
-    return Forecast(parts, disk, free, _seconds(source, job, where))
+    return Forecast(parts, disk, free, _seconds(source, job, where, statistics))
 
 
 def _expert_parts(source: Source, job: Job) -> list[Part]:
@@ -85,7 +87,7 @@ def _dense_part(source: Source, job: Job) -> Part:
     return Part("everything else", "as it is", len(names), before, after)
 
 
-def _seconds(source: Source, job: Job, where: Path) -> float | None:
+def _seconds(source: Source, job: Job, where: Path, statistics: Statistics | None) -> float | None:
     counts: Counter[str] = Counter()
     example = {}
     for experts, pack in job.packs.values():
@@ -99,9 +101,12 @@ def _seconds(source: Source, job: Job, where: Path) -> float | None:
     encoding = 0.0
     for kind, (experts, e, layout) in example.items():
         start = time.perf_counter()
-        encode_expert(source, experts, e, layout)
+        encode_expert(source, experts, e, layout, statistics)
         encoding += counts[kind] * (time.perf_counter() - start)
-    return max(encoding / count_workers(source, job), job.nbytes / _write_rate(where))
+    return max(
+        encoding / count_workers(source, job, statistics is not None),
+        job.nbytes / _write_rate(where),
+    )
 
 
 def _write_rate(where: Path) -> float:

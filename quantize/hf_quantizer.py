@@ -21,6 +21,7 @@ from modeling_dsv4.moe import Dsv4Experts
 from modeling_dsv4.weight_map import Inventory, our_inventory
 
 from .config import METHOD, Dsv4QuantizationConfig, Recipe
+from .dense import packed_entries, store_dense
 from .experts import StoredExperts
 from .memory import available_memory
 from .pack import PackFile, PackLayout, pack_file_name
@@ -43,7 +44,9 @@ class Dsv4Quantizer(ReleaseQuantizer):
         if checkpoint_files:
             self._directory = Path(checkpoint_files[0]).parent
         apply_release_storage(model, self.quantization_config.to_dict(), experts=False)
-        store_experts(model, Recipe.from_dict(self.quantization_config.recipe))
+        recipe = Recipe.from_dict(self.quantization_config.recipe)
+        store_experts(model, recipe)
+        store_dense(model, recipe)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -58,7 +61,10 @@ class Dsv4Quantizer(ReleaseQuantizer):
     @staticmethod
     def inventory(config: Dsv4Config) -> Inventory:
         """Names, dtypes and shapes of the weights beside the packs: all but the routed experts."""
-        return {k: v for k, v in our_inventory(config).items() if ".mlp.experts." not in k}
+        dense = {k: v for k, v in our_inventory(config).items() if ".mlp.experts." not in k}
+        stored: Any = config.quantization_config
+        fields = stored if isinstance(stored, dict) else stored.to_dict()
+        return packed_entries(dense, Recipe.from_dict(fields["recipe"]))[0]
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None

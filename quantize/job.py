@@ -6,12 +6,13 @@ source's shards, so that each shard is read once and may go afterwards. An item 
 shards is made when the last of them is there.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from modeling_dsv4.safetensors_file import DTYPES, lay_out_file
 
 from .config import Recipe
+from .dense import DensePart, packed_entries, scale_name
 from .pack import PackLayout, pack_file_name, pack_header
 from .source import Entry, ExpertsSource, Source
 
@@ -45,12 +46,14 @@ class TargetFile:
         items: all that follows, without holes but for a pack's table of checksums at the end.
         pack: experts and layout if it is an expert pack.
         entries: {our name: (dtype, shape)} if it holds dense tensors.
+        packed: what those are made of that are not as the source has them.
     """
 
     header: bytes
     items: tuple[Item, ...]
     pack: tuple[ExpertsSource, PackLayout] | None
     entries: dict[str, Entry]
+    packed: Mapping[str, DensePart] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -98,9 +101,10 @@ def plan_job(source: Source, recipe: Recipe, max_shard_size: int = DEFAULT_SHARD
         layout = PackLayout.build(name, experts.num_experts, hidden, width, recipe.format_of)
         file = pack_file_name(name)
         files[file] = _pack(source, file, experts, layout)
+    dense, packed = packed_entries(source.dense, recipe)
     shards: list[dict[str, Entry]] = [{}]
     size = 0
-    for name, entry in source.dense.items():
+    for name, entry in dense.items():
         if shards[-1] and size + entry_bytes(entry) > max_shard_size:
             shards.append({})
             size = 0
@@ -110,11 +114,18 @@ def plan_job(source: Source, recipe: Recipe, max_shard_size: int = DEFAULT_SHARD
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         header, spans = lay_out_file(entries)
         items = [
-            Item(file, name, start, end - start, source.needs(name))
+            Item(file, name, start, end - start, _needs(source, name, packed.get(name)))
             for name, (start, end) in spans.items()
         ]
-        files[file] = TargetFile(header, tuple(items), None, entries)
+        made = {name: packed[name] for name in entries if name in packed}
+        files[file] = TargetFile(header, tuple(items), None, entries, made)
     return Job(files)
+
+
+def _needs(source: Source, name: str, part: DensePart | None) -> frozenset[str]:
+    if part is None:
+        return source.needs(name)
+    return source.needs(part.weight) | source.needs(scale_name(part.weight))
 
 
 def _pack(source: Source, file: str, experts: ExpertsSource, layout: PackLayout) -> TargetFile:

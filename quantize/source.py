@@ -129,6 +129,18 @@ class Source:
         tensor = self.read(Slice.of(self._files[stored].name, self._info[stored], None))
         return tensor.float() if self._kinds.get(name) == "f32" else tensor
 
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read rows [start, stop) of a dense tensor under our name, as they are stored."""
+        stored = self._dense_names[name]
+        info = self._info[stored]
+        row = (info.end - info.start) // info.shape[0]
+        shape = (stop - start, *info.shape[1:])
+        at = info.start + start * row
+        place = Slice(
+            self._files[stored].name, info.dtype, shape, at, at + len(range(start, stop)) * row
+        )
+        return self.read(place)
+
     def raw(self, name: str) -> Slice | None:
         """Where a dense tensor's bytes are; None if they are made or changed in reading."""
         stored = self._dense_names.get(name)
@@ -262,12 +274,13 @@ class Source:
         check_token_map(token_map, self.config)
         return token_map
 
-    def beside(self) -> Iterator[Path]:
-        """Yield the small files that belong to a model and are no weights: tokenizer, templates."""
-        for path in sorted(self.directory.iterdir()):
-            own = re.fullmatch(r"config\.json|checksums\.json|.*\.index\.json", path.name)
-            if path.suffix in (".json", ".txt", ".jinja", ".model") and path.is_file() and not own:
-                yield path
+
+def small_files(directory: Path) -> Iterator[Path]:
+    """Yield the files that belong to a model and are no weights: tokenizer, templates."""
+    for path in sorted(directory.iterdir()):
+        own = re.fullmatch(r"config\.json|checksums\.json|.*\.index\.json", path.name)
+        if path.suffix in (".json", ".txt", ".jinja", ".model") and path.is_file() and not own:
+            yield path
 
 
 def _fits(info: TensorInfo, entry: Entry) -> bool:

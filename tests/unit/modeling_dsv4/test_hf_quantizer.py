@@ -21,11 +21,11 @@ from modeling_dsv4.hf_quantizer import (
 )
 from modeling_dsv4.moe import Dsv4Experts
 from modeling_dsv4.storage import (
-    Fp8Embedding,
     Fp8GroupedLinear,
     Fp8Linear,
     GroupedLinear,
     OpaqueWeights,
+    PackedEmbedding,
     PackedExperts,
 )
 
@@ -91,7 +91,7 @@ def stored() -> dict[str, torch.Tensor]:
     m.proj = Fp8Linear.from_plain(m.proj, 32)
     m.grouped = Fp8GroupedLinear.from_plain(m.grouped, 32)
     m.experts = PackedExperts.from_plain(m.experts)
-    m.table = Fp8Embedding.from_plain(m.table)
+    m.table = PackedEmbedding.from_plain(m.table)
     model.vision.vision__a__weight.data.normal_()
     return model.state_dict()
 

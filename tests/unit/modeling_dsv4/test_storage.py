@@ -2,6 +2,7 @@
 """Storage modules against their dequantized dense twins: values, gradients, casts, memory."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,14 +10,16 @@ from torch import nn
 
 from modeling_dsv4 import storage
 from modeling_dsv4.formats import get_format
+from modeling_dsv4.layers import Float32Head
 from modeling_dsv4.moe import Dsv4Experts
 from modeling_dsv4.storage import (
-    Fp8Embedding,
     Fp8GroupedLinear,
     Fp8Linear,
     GroupedLinear,
     OpaqueWeights,
+    PackedEmbedding,
     PackedExperts,
+    PackedHead,
     frozen_linear,
     packed_linear,
 )
@@ -45,7 +48,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "fp4": lambda: PackedExperts.from_plain(experts()),
     "fp8_block32": lambda: PackedExperts.from_plain(experts(), "fp8_block32"),
     "fp8_block128": lambda: PackedExperts.from_plain(experts(), "fp8_block128"),
-    "embedding": lambda: Fp8Embedding.from_plain(nn.Embedding(50, 64)),
+    "embedding": lambda: PackedEmbedding.from_plain(nn.Embedding(50, 64)),
     "opaque": lambda: OpaqueWeights({"a.b": (torch.bfloat16, (3, 4)), "c": (torch.float32, (2,))}),
 }
 
@@ -311,14 +314,47 @@ def test_rows_of_the_table_are_exact_in_bfloat16() -> None:
     assert table(ids[:0]).shape == (0, 3, 64)
 
 
-def test_only_the_rows_asked_for_are_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_rows_asked_for_are_dequantized() -> None:
     table, seen = MODULES["embedding"](), []
-    plain = storage.dequantize_fp8_rows
-    monkeypatch.setattr(
-        storage, "dequantize_fp8_rows", lambda q, *a: seen.append(q.shape) or plain(q, *a)
+    unpack = table.format.unpack
+    table.format = replace(
+        table.format, unpack=lambda p, dtype: seen.append(p[""].shape) or unpack(p, dtype)
     )
     table(torch.tensor([1, 2, 3]))
     assert seen == [(3, 64)]
+
+
+@pytest.mark.parametrize("name", ["fp4", "fp8_rows32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_table_gives_the_rows_of_its_format(name: str, dtype: torch.dtype) -> None:
+    plain = nn.Embedding(50, 64)
+    table = PackedEmbedding.from_plain(plain, name, dtype)
+    fmt = get_format(name)
+    want = fmt.unpack(fmt.pack(plain.weight), dtype)
+    ids = torch.tensor([[3, 3, 49], [0, 7, 3]])
+    assert table(ids).dtype is dtype
+    assert torch.equal(table(ids), want[ids])
+    assert torch.equal(table.to_plain(dtype).weight, want)
+
+
+def test_a_table_wants_rows_that_stand_alone() -> None:
+    with pytest.raises(ValueError, match="wanted a format whose rows can be read alone"):
+        PackedEmbedding(64, 64, "fp8_block32")
+
+
+@pytest.mark.parametrize("name", ["fp4", "fp8_rows32"])
+def test_a_packed_head_computes_in_float32(name: str) -> None:
+    plain = Float32Head(64, 50, bias=False)
+    head, x = PackedHead.from_plain(plain, name), torch.randn(2, 3, 64).bfloat16()
+    x.requires_grad_()
+    twin = head.to_plain(torch.float32)
+    found, want = head(x), twin(x)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, want)
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, want)]
+    torch.testing.assert_close(*grads)
+    head.to(torch.bfloat16)
+    assert torch.equal(head(x), found)
 
 
 def test_opaque_weights_are_named_as_in_the_release() -> None:

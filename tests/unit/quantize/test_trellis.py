@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import quantize  # noqa: F401
+from modeling_dsv4.cpu.build import find_compiler
 from modeling_dsv4.formats import get_format, hadamard
+from quantize import trellis as trellis_module
 from quantize.trellis import Trellis, rotate, viterbi, windows
 
 # Squared error on a Gaussian, found with other numbers than the tables were made from. No code can
@@ -79,6 +81,22 @@ def test_the_search_finds_the_best_of_all_paths(bits: int) -> None:
             if wrong < best:
                 best, path = wrong, (a, b)
         assert tuple(found[:, row].tolist()) == path
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="needs a C compiler")
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize(("rows", "columns"), [(7, 80), (1, 2), (3, 0), (0, 8)])
+def test_the_search_in_c_finds_the_same_path(
+    bits: int, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    y, table = torch.randn(rows, columns), Trellis(bits).table(torch.device("cpu"))
+    state = torch.randint(0, 1024, (rows,))
+    found = viterbi(y, table, bits, state)
+    monkeypatch.setattr(trellis_module, "library", lambda folder: None)
+    wanted = viterbi(y, table, bits, state)
+    if rows:
+        assert torch.equal(found, wanted)
+    assert found.shape == (columns // 2, rows) and found.dtype is torch.int64
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])

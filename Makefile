@@ -57,6 +57,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/unread.py
 	$(BIN)/python benchmarks/offload.py
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/drafting.py
 
 bench-gpu: $(STAMP)
 	set -e; for program in benchmarks/kernel_*.py; do $(BIN)/python $$program; done
@@ -67,6 +68,7 @@ study:
 
 nano: $(STAMP)
 	$(BIN)/python examples/pretrain_nano.py
+	$(BIN)/python examples/train_draft.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache demo.json

@@ -15,6 +15,7 @@ import math
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -166,38 +167,44 @@ def main(
     experts: Annotated[int, typer.Option(help="Experts of a layer.")] = 256,
     recipe: Annotated[str, typer.Option(help="Recipe to time on a few experts.")] = "",
     few: Annotated[int, typer.Option(help="How many.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Repacks, each between two copies.")] = 3,
     directory: Annotated[Path, typer.Option(help="Where to work.")] = Path("out/bench-convert"),
 ) -> None:
     """Measure, and fail if a promise is broken."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     try:
-        measure(directory, layers, experts, recipe, few)
+        measure(directory, layers, experts, recipe, few, rounds)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def measure(directory: Path, layers: int, experts: int, recipe: str, few: int) -> None:
+def measure(directory: Path, layers: int, experts: int, recipe: str, few: int, rounds: int) -> None:
     """Build the source, time everything, print the tables."""
     source = directory / "source"
     wanted = 3 * layers * experts * 13_400_000 + 3 * 10**9
     if shutil.disk_usage(directory).free < wanted:
         raise SystemExit(f"{directory}: wanted {format_size(wanted)} of free disk")
     size = build_source(source, layers, experts)
-    copies = [time_copy(source, directory / "copy")]
-    seconds, memory = time_convert(source, directory / "fp4", "fp4")
-    copies.append(time_copy(source, directory / "copy"))
-    copy = size / min(copies)
-    share = size / seconds / copy
-    table = Table("what", "seconds", "rate", "share of a raw copy", "peak memory", box=box.SIMPLE)
-    for time_taken in copies:
-        table.add_row(
-            "raw copy", f"{time_taken:.1f}", f"{format_size(size / time_taken)}/s", "", ""
-        )
-    table.add_row(
-        "fp4 repack", f"{seconds:.1f}", f"{format_size(size / seconds)}/s", f"{share:.0%}",
-        format_size(memory),
-    )  # fmt: skip
+    copies, repacks, memory = [time_copy(source, directory / "copy")], [], 0
+    for _ in range(rounds):
+        seconds, memory = time_convert(source, directory / "fp4", "fp4")
+        repacks.append(seconds)
+        copies.append(time_copy(source, directory / "copy"))
+    # Each repack against the copies before and after it: others may be using the disk.
+    shares = [
+        (before + after) / 2 / seconds
+        for seconds, before, after in zip(repacks, copies, copies[1:], strict=False)
+    ]
+    share, seconds = statistics.median(shares), statistics.median(repacks)
+    table = Table("what", "seconds", "median rate", "share of a raw copy", "peak memory",
+                  box=box.SIMPLE)  # fmt: skip
+    for what, times, *rest in (
+        ("raw copy", copies, "", ""),
+        ("fp4 repack", repacks, " ".join(f"{s:.0%}" for s in shares), format_size(memory)),
+    ):
+        rate = f"{format_size(size / statistics.median(times))}/s"
+        table.add_row(what, " ".join(f"{t:.1f}" for t in times), rate, *rest)
     console = Console(width=100)
     console.print(f"source: {format_size(size)}, {layers} layers of {experts} experts")
     console.print(table)

@@ -39,9 +39,11 @@ from modeling_dsv4.formats import get_format
 from modeling_dsv4.moe import Dsv4Experts
 from quantize.quality import Quality, Reference, noise_floor, run
 from quantize.report import Point, draw
+from quantize.rounding import GRIDS, TRELLISES, quantize_weight
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 512
+CALIBRATED_FORMATS = {*GRIDS, *TRELLISES}
 # Speeches that are read for measuring, and for calibration; none is in both.
 MEASURED = ("1865", "2019")
 CALIBRATED = ("1867", "1921", "1962", "2003")
@@ -75,8 +77,8 @@ class Instrument:
         moments: {name: second moments of its inputs [in, in]}.
     """
 
-    def __init__(self, name: str, directory: Path, rows: int, folder: Path) -> None:
-        self.name = name
+    def __init__(self, name: str, directory: Path, rows: int, folder: Path, every: int = 1) -> None:
+        self.name, self.every = name, every
         tokenizer = AutoTokenizer.from_pretrained(directory)
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         self.weights = dict(self._weights())
@@ -94,14 +96,21 @@ class Instrument:
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for path, module in self.model.named_modules():
-            if isinstance(module, Dsv4Experts):
+            # Draft stages predict nothing here.
+            if isinstance(module, Dsv4Experts) and not path.startswith("mtp."):
                 for e in range(module.num_experts):
                     gate, up = module.gate_up_proj.data[e].chunk(2)
                     yield f"{path}.{e}.gate_proj", gate
                     yield f"{path}.{e}.up_proj", up
                     yield f"{path}.{e}.down_proj", module.down_proj.data[e]
-            elif self.name != "nano" and type(module) is torch.nn.Linear and path != "lm_head":
+            elif self._is_rounded(path, module):
                 yield path, module.weight.data
+
+    def _is_rounded(self, path: str, module: torch.nn.Module) -> bool:
+        """Whether a linear map belongs to a layer that is rounded; of the nano none does."""
+        if self.name == "nano" or type(module) is not torch.nn.Linear or ".layers." not in path:
+            return False
+        return int(path.split(".")[2]) % self.every == self.every // 2
 
     @torch.no_grad()
     def _calibrate(self, rows: torch.Tensor) -> None:
@@ -117,7 +126,7 @@ class Instrument:
                 handles.append(module.register_forward_pre_hook(
                     lambda m, args, path=path: add(path, args[0])
                 ))  # fmt: skip
-            elif isinstance(module, Dsv4Experts):
+            elif f"{path}.0.down_proj" in self.weights:
                 handles.append(module.register_forward_pre_hook(
                     lambda m, args, path=path: self._see_experts(add, path, m, *args)
                 ))  # fmt: skip
@@ -185,37 +194,27 @@ def row_of(way: Way, bits: float, q: Quality, speed: float) -> dict[str, Any]:
 
 
 def our_ways() -> Iterator[Way]:
-    """Every format and recipe: to nearest, fitted without data, and with the inputs' moments."""
-    rounding = importlib.util.find_spec("quantize.rounding")
+    """Every format and recipe; those that can use the inputs' moments also with them."""
 
-    def make(name: str, fitted: bool) -> Any:
+    def make(name: str) -> Any:
         fmt = get_format(name)
 
         def round_it(w: torch.Tensor, moments: torch.Tensor | None) -> tuple[torch.Tensor, float]:
-            if fitted:
-                from quantize.rounding import quantize_weight
-
-                parts = quantize_weight(w, fmt, moments)
-            else:
-                parts = fmt.pack(w)
+            parts = quantize_weight(w, fmt, moments)
             return fmt.unpack(parts, torch.float32), fmt.nbytes(tuple(w.shape))
 
         return round_it
 
-    fits = (False, True) if rounding is not None else (False,)
     uses = {name: (name, name) for name in sorted(formats._FORMATS)}
     for recipe in quantize.RECIPES.values():
         layer = "model.layers.0.mlp.experts"
         both = [recipe.format_of(f"{layer}.{p}") or "" for p in ("gate_up_proj", "down_proj")]
         uses[f"recipe {recipe.name}"] = (both[0], both[1])
-    for name, (other, down) in uses.items():
-        for fitted in fits:
-            rounds = make(other, fitted), make(down, fitted)
-            if fitted:
-                yield Way("dsv4", f"{name}, fitted", False, *rounds)
-                yield Way("dsv4", f"{name}, calibrated", True, *rounds)
-            else:
-                yield Way("dsv4", f"{name}, nearest", False, *rounds)
+    for name, used in uses.items():
+        rounds = make(used[0]), make(used[1])
+        yield Way("dsv4", name, False, *rounds)
+        if set(used) <= CALIBRATED_FORMATS:
+            yield Way("dsv4", f"{name}, calibrated", True, *rounds)
 
 
 # --- what is written ----------------------------------------------------------------------------
@@ -260,10 +259,11 @@ def measure_all(args: argparse.Namespace, console: Console) -> None:
     directory = args.model or ROOT / "models" / "nano-v41"
     data = json.loads(args.output.read_text()) if args.output.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
-        instrument = Instrument(args.what, directory, args.rows, Path(folder))
+        instrument = Instrument(args.what, directory, args.rows, Path(folder), args.every)
+        name = args.what if args.every == 1 else f"{args.what}-every-{args.every}"
         said = {"tokens": instrument.source.tokens, "perplexity": instrument.source.perplexity,
                 "floor": instrument.floor.kld_mean, "length": LENGTH}  # fmt: skip
-        old = data.get(args.what, {}).get("rows", [])
+        old = data.get(name, {}).get("rows", [])
         rows = {(r["family"], r["name"]): r for r in old}
         for way in ways:
             try:
@@ -273,7 +273,7 @@ def measure_all(args: argparse.Namespace, console: Console) -> None:
                 continue
             rows[row["family"], row["name"]] = row
             console.print(f"{row['bits']:.3f} {row['kld_mean']:.5f} {way.family} {way.name}")
-            data[args.what] = {**said, "rows": list(rows.values())}
+            data[name] = {**said, "rows": list(rows.values())}
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
@@ -283,6 +283,7 @@ def main() -> None:
     parser.add_argument("what", choices=("nano", "smollm2", "plot"))
     parser.add_argument("--model", type=Path, help="directory of SmolLM2")
     parser.add_argument("--ggml", type=Path, help="libggml-base.so")
+    parser.add_argument("--every", type=int, default=1, help="round every nth layer alone")
     parser.add_argument("--ways", default="", help="regular expression over family and name")
     parser.add_argument("--rows", type=int, default=6, help=f"rows of {LENGTH} tokens measured")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "ladder.json")

@@ -30,7 +30,7 @@ def main() -> None:
             packed, dtype=torch.float32, expert_memory="64KiB"
         ).eval()
         first, second = resident(input_ids).logits, on_disk(input_ids).logits
-        # The draft head's experts stay on disk in both: nothing computes with them.
+        # The draft head's experts stay on disk in both: plain decoding does not use them.
         for name, model in (("resident", resident), ("on disk", on_disk)):
             print(f"bytes of experts, {name}: {model.memory_report()['experts']}")
         counts = on_disk.stats()

@@ -117,21 +117,14 @@ class Dsv4Attention(Float32Parameters):
             [B, S, D], what the next layer is handed, and [B, H, S, keys + T] or None.
         """
         turn = turns[self.ratio > 0]
-        k = rotate(self.kv_norm(self.kv_proj(hidden_states)), turn, kernels=self.kernels)
-        if self.rounding is not None:
-            k = self.rounding.key(k)
+        k = self.key(hidden_states, turn)
         if self.compressor is not None:
             shared = self._compress(hidden_states, segments, cache)
         if stores_only:
             assert cache is not None
             cache.window.write(k, segments)
             return hidden_states, shared, None
-        q_latent = self.q_a_norm(self.q_a_proj(hidden_states))
-        q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
-        if self.config.q_head_norm:
-            q = norm_rotate(q, turn[:, :, None], 1e-6, self.kernels)
-        else:
-            q = rotate(q, turn[:, :, None], kernels=self.kernels)
+        q, q_latent = self._query(hidden_states, turn)
         if self.indexer is not None:
             assert shared.index_keys is not None
             before = Selection(shared.ids, shared.candidates)
@@ -140,8 +133,47 @@ class Dsv4Attention(Float32Parameters):
             )
             shared = Shared(shared.entries, shared.index_keys, *chosen)
         out, probabilities = self._attend(q, k, segments, shared, cache, turn, record)
+        return self._project(out), shared, probabilities
+
+    def key(self, x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+        """Window keys [B, S, C] of normed tokens [B, S, D], as the cache keeps them."""
+        k = rotate(self.kv_norm(self.kv_proj(x)), turn, kernels=self.kernels)
+        return k if self.rounding is None else self.rounding.key(k)
+
+    def attend_drafts(
+        self, x: torch.Tensor, turn: torch.Tensor, past: torch.Tensor, keep: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A draft block's attention: its tokens see all of each other, and what was kept before.
+
+        Args:
+            x: [B, S, D] normed.
+            turn: [B, S, R/2] rotation of their positions.
+            past: [B, X, C] keys.
+            keep: [B, X] which of those may be read.
+
+        Returns:
+            [B, S, D], and the tokens' own keys [B, S, C].
+        """
+        q, k = self._query(x, turn)[0], self.key(x, turn)
+        keep = torch.cat((keep, torch.ones_like(k[..., 0], dtype=torch.bool)), dim=1)
+        keep = keep[:, None].expand(-1, x.shape[1], -1)
+        keys = torch.cat((past.to(k.dtype), k), dim=1)
+        out = ops.sink_attention(q, keys, keep, None, None, self.sinks, self.scaling)
+        out = rotate(out, turn[:, :, None], inverse=True, kernels=self.kernels)
+        return self._project(out), k
+
+    def _query(self, x: torch.Tensor, turn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated queries [B, S, H, C], and the latents [B, S, Q] that they are made of."""
+        q_latent = self.q_a_norm(self.q_a_proj(x))
+        q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
+        if self.config.q_head_norm:
+            return norm_rotate(q, turn[:, :, None], 1e-6, self.kernels), q_latent
+        return rotate(q, turn[:, :, None], kernels=self.kernels), q_latent
+
+    def _project(self, out: torch.Tensor) -> torch.Tensor:
+        """What the heads have read, [B, S, H, C] -> [B, S, D], by groups."""
         out = self.o_a_proj(out.flatten(2).unflatten(-1, (self.groups, -1)))
-        return self.o_b_proj(out.flatten(2)), shared, probabilities
+        return self.o_b_proj(out.flatten(2))
 
     def _compress(
         self, hidden_states: torch.Tensor, segments: Segments, cache: LayerCache | None

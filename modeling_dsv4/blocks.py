@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoder layer and draft stage: two mHC sites around attention and experts."""
+"""Decoder layer: two mHC sites around attention and experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import hyper_ops
@@ -17,7 +16,7 @@ from .cache import LayerCache
 from .cache_storage import CachedRows
 from .configuration_dsv4 import Dsv4Config
 from .engram import Engram
-from .hyper_connection import HyperConnection, HyperHead
+from .hyper_connection import HyperConnection
 from .layers import RMSNorm
 from .moe import Dsv4MoE
 from .segments import Segments
@@ -122,50 +121,3 @@ class Dsv4DecoderLayer(GradientCheckpointingLayer):
         u, more = block(x)
         streams = hyper_ops.expand(u, streams, post, comb, site.kernels)
         return streams, pre if self.single_pass else handed, more
-
-
-class MarkovHead(nn.Module):
-    """First-order correction of draft logits: V x rank, rank x V."""
-
-    def __init__(self, config: Dsv4Config) -> None:
-        super().__init__()
-        rank = config.dspark_markov_rank or 0
-        self.embed = nn.Embedding(config.vocab_size, rank)
-        self.head = nn.Linear(rank, config.vocab_size, bias=False)
-
-
-class ConfidenceHead(nn.Module):
-    """Raw logit of a drafted token being accepted."""
-
-    def __init__(self, config: Dsv4Config) -> None:
-        super().__init__()
-        rank = config.dspark_markov_rank or 0
-        self.proj = nn.Linear(config.hidden_size + rank, 1, bias=False)
-
-
-class Dsv4DraftStage(Dsv4DecoderLayer):
-    """One stage of the draft head (MTP or DSpark): weights that load and save with the model."""
-
-    def __init__(self, config: Dsv4Config, stage: int) -> None:
-        super().__init__(config, config.num_hidden_layers + stage)
-        d, eps = config.hidden_size, config.rms_norm_eps
-        mtp = config.draft_kind == "mtp"
-        last = stage == config.num_draft_layers - 1
-        if mtp:
-            self.e_proj = nn.Linear(d, d, bias=False)
-            self.h_proj = nn.Linear(d, d, bias=False)
-            self.enorm, self.hnorm = RMSNorm(d, eps), RMSNorm(d, eps)
-        elif stage == 0:
-            targets = len(config.dspark_target_layer_ids or ())
-            self.main_proj = nn.Linear(targets * d, d, bias=False)
-            self.main_norm = RMSNorm(d, eps)
-        if mtp or last:
-            self.norm = RMSNorm(d, eps)
-            if not config.hc_single_pass:
-                self.hc_head = HyperHead(config)
-        if last and not mtp:
-            self.markov_head = MarkovHead(config)
-            self.confidence_head = ConfidenceHead(config)
-
-    def forward(self, *args: object, **kwargs: object) -> tuple[CachedRows | None, ...]:
-        raise NotImplementedError("draft heads load and save; decoding with them is not built yet")

@@ -29,7 +29,7 @@ from .cache_storage import (
     entry_codec,
     key_codec,
 )
-from .cache_stores import CodedRows, Ring, Rows
+from .cache_stores import CodedRows, DraftRings, Ring, Rows
 from .configuration_dsv4 import Dsv4Config
 from .segments import RowState, Segments
 
@@ -105,9 +105,12 @@ class Dsv4Cache(Cache):
         self.offloading = False
         self.max_rewind = max_rewind
         self.ngrams = Ring(max(config.engram_max_ngram_size - 1, 1) + max_rewind)
+        self.drafts = DraftRings(config, max_rewind)
         self.ratios = sorted({r for r in config.compress_ratios if r})
         self.state: RowState | None = None
         self.columns = 0
+        # [B] columns by which rows are shorter than the longest, after `rewind`; None: by none.
+        self._shorter: torch.Tensor | None = None
         # Tokens that `crop` can still take back: since the start, the last pad, or the last border,
         # and no further than the rings reach. On the device, [], so that a step need not wait.
         self._rewindable: torch.Tensor | None = None
@@ -142,7 +145,8 @@ class Dsv4Cache(Cache):
                 "past_key_values: the last pass with this cache did not finish and has overwritten "
                 "older tokens; call reset() and start again from the prompt"
             )
-        if self.max_length is not None and self.columns + columns > self.max_length:
+        shorter = 0 if self._shorter is None else int(self._shorter.max())
+        if self.max_length is not None and self.columns - shorter + columns > self.max_length:
             raise ValueError(
                 f"past_key_values has room for {self.max_length} columns and holds {self.columns}, "
                 f"the input has {columns} more; make it with Dsv4Cache(config, max_length="
@@ -183,6 +187,9 @@ class Dsv4Cache(Cache):
             self.rewindable = _unbroken(segments, state, columns)
         self._keep(state)
         self.columns += columns
+        if self._shorter is not None:
+            self._shorter = self._shorter + columns - segments.count
+            self._count_columns()
 
     def _keep(self, new: RowState) -> None:
         """Take over counters; those of a static cache stay where a compiled step reads them."""
@@ -238,13 +245,29 @@ class Dsv4Cache(Cache):
         if target <= 0:
             self.reset()
             return
+        self._take_back(back, back)
+        self.columns = target
+
+    def rewind(self, back: torch.Tensor) -> None:
+        """Take back the last `back[b]` tokens of every row, which then differ in length.
+
+        Columns are those of the longest row; passes go on from where each row stands.
+
+        Raises:
+            ValueError: as `crop`; the cache is unchanged then.
+        """
+        self._take_back(back, int(back.max()))
+        self._shorter = back if self._shorter is None else self._shorter + back
+        self._count_columns()
+
+    def _take_back(self, back: int | torch.Tensor, most: int) -> None:
         state = self.state
         assert state is not None
         limit = min(self.max_rewind, self.rewindable)
-        if back > limit:
+        if most > limit:
             raise ValueError(
-                f"crop: wanted to take back {back} tokens, this cache can take back {limit}; make "
-                f"it with Dsv4Cache(config, max_rewind={back}) or start again from the prompt"
+                f"crop: wanted to take back {most} tokens, this cache can take back {limit}; make "
+                f"it with Dsv4Cache(config, max_rewind={most}) or start again from the prompt"
             )
         seen, entries = state.seen - back, {}
         for ratio, count in state.entries.items():
@@ -252,11 +275,21 @@ class Dsv4Cache(Cache):
             entries[ratio] = count - (was - now)
         self._keep(RowState(seen, state.start, state.offset, entries, state.blank))
         # Behind what was taken back, the rings reach less far by as much.
-        self.columns, self.rewindable = target, limit - back
+        self.rewindable = limit - most
+
+    def _count_columns(self) -> None:
+        """Let the columns be those of the longest row."""
+        assert self._shorter is not None
+        none = int(self._shorter.min())
+        self.columns -= none
+        self._shorter = self._shorter - none
+        if not int(self._shorter.max()):
+            self._shorter = None
 
     def reset(self) -> None:
         """Forget everything; a static cache keeps its memory, emptied."""
-        self.columns, self._open = 0, False
+        self.columns, self._open, self._shorter = 0, False, None
+        self.drafts.since.zero_()
         if self.state is None or not self.is_static:
             self._drop()
             return
@@ -291,6 +324,9 @@ class Dsv4Cache(Cache):
             s, at = self.state, indices.to(self.state.seen.device)
             entries = {w: n[at] for w, n in s.entries.items()}
             self._keep(RowState(s.seen[at], s.start[at], s.offset[at], entries, s.blank))
+        self.drafts.select(indices)
+        if self._shorter is not None:
+            self._shorter = self._shorter[indices.to(self._shorter.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, in place."""
@@ -356,6 +392,7 @@ class Dsv4Cache(Cache):
             for name, store in layer.stores().items():
                 yield f"layers.{i}.{name}", store
         yield "ngrams", self.ngrams
+        yield from self.drafts.named()
 
 
 def _unbroken(segments: Segments, state: RowState, columns: int) -> int:

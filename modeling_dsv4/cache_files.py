@@ -29,7 +29,8 @@ _KIND, _VERSION = "dsv4-cache", "1"
 _IGNORED = frozenset(
     "attention_dropout bos_token_id carries_vision draft_kind dspark_block_size "
     "dspark_markov_rank dspark_n_routed_experts dspark_noise_token_id "
-    "dspark_num_experts_per_tok dspark_target_layer_ids eos_token_id image_token_id "
+    "dspark_num_experts_per_tok dspark_reads_outputs dspark_target_layer_ids eos_token_id "
+    "image_token_id "
     "initializer_range max_position_embeddings num_draft_layers official_config "
     "output_router_logits pad_token_id router_aux_loss_coef use_cache vision_config".split()
 )
@@ -50,7 +51,9 @@ def save(cache: Dsv4Cache, path: str | Path, input_ids: torch.Tensor | None) -> 
     tensors = {f"state.{name}": getattr(state, name) for name in _COUNTERS}
     tensors |= {f"state.entries.{ratio}": count for ratio, count in state.entries.items()}
     _leave_out_room(cache, state)
-    held = ((name, store.held()) for name, store in cache.named_stores())
+    # What a draft head keeps stays out: any model of this backbone may go on from the file.
+    stores = (x for x in cache.named_stores() if not x[0].startswith("drafts."))
+    held = ((name, store.held()) for name, store in stores)
     tensors |= {name: data for name, data in held if data is not None}
     _write(Path(path), tensors, _architecture(cache.config), facts)
 

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from .cache_storage import PackedRows, RowCodec
+from .configuration_dsv4 import Dsv4Config
 from .segments import Segments
 
 
@@ -54,6 +57,38 @@ class Ring:
         if data.shape[1] != self.capacity:
             raise ValueError(f"wanted {self.capacity} slots of a ring, got {list(data.shape)}")
         self.data = data
+
+
+class DraftRings:
+    """What a draft head has kept of the backbone's tokens; written only while `on`.
+
+    `keys`: window keys of each stage. `streams`: [N, D] leaving the backbone, for MTP. `since` [B]:
+    the row index from which on nothing is missing.
+    """
+
+    def __init__(self, config: Dsv4Config, slack: int) -> None:
+        width = config.sliding_window + slack
+        self.keys = [Ring(width) for _ in range(config.num_draft_layers)]
+        self.streams = Ring(1 + slack)
+        self.since = torch.zeros(1, dtype=torch.long)
+        self.on = False
+
+    def begin(self, seen: torch.Tensor | None) -> None:
+        """Write from now on; `seen` [B] tokens, None for none, passed unwritten."""
+        if not self.on:
+            self.since = torch.zeros(1, dtype=torch.long) if seen is None else seen.clone()
+        self.on = True
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices` of what is no store."""
+        if self.since.shape[0] > 1:
+            self.since = self.since[indices.to(self.since.device)]
+
+    def named(self) -> Iterator[tuple[str, Ring]]:
+        """All rings by name."""
+        for i, ring in enumerate(self.keys):
+            yield f"drafts.{i}", ring
+        yield "drafts.streams", self.streams
 
 
 class Rows:
@@ -105,6 +140,7 @@ class Rows:
     def restore(self, data: torch.Tensor) -> None:
         """Take what `held` gave."""
         self.data, self.length = data, data.shape[1]
+
     def _put(
         self,
         new: torch.Tensor,

@@ -54,7 +54,9 @@ class Dsv4Config(PreTrainedConfig):
         router_bias_vl: whether the router has a second bias for image tokens.
         engram_num_embeddings: rows of each Engram table: the sum of its generated primes. Another
             value is replaced by that sum; a checkpoint of another size is then refused.
-        draft_kind: None, "mtp" (one block) or "dspark" (parallel stages); weights only.
+        draft_kind: None, "mtp" (one block) or "dspark" (parallel stages); see `draft.py`.
+        dspark_reads_outputs: whether the head reads the streams that leave its target layers (V4),
+            or those that enter them (V4.1); follows from `hc_single_pass` where not given.
         vision_config: the vision tower's shapes; its weights are only carried along.
         carries_vision: whether the weights hold that tower; set when a checkpoint is read.
         official_config: the config.json this one was translated from, for writing it back.
@@ -153,6 +155,7 @@ class Dsv4Config(PreTrainedConfig):
     dspark_markov_rank: int | None = None
     dspark_noise_token_id: int | None = None
     dspark_target_layer_ids: list[int] | None = None
+    dspark_reads_outputs: bool = None  # type: ignore[assignment]
     dspark_n_routed_experts: int | None = None
     dspark_num_experts_per_tok: int | None = None
 
@@ -194,6 +197,8 @@ class Dsv4Config(PreTrainedConfig):
             pattern = [0, 0] + [4 if i % 2 == 0 else 128 for i in range(2, self.num_hidden_layers)]
             self.compress_ratios = pattern[: self.num_hidden_layers]
             self.num_hash_layers = min(self.num_hash_layers, self.num_hidden_layers)
+        if given["dspark_reads_outputs"] is None:
+            self.dspark_reads_outputs = not self.hc_single_pass
         compressed = [i for i, ratio in enumerate(self.compress_ratios) if ratio]
         if given["kv_source_layer_ids"] is None:
             self.kv_source_layer_ids = compressed

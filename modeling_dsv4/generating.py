@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,11 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .cache import Dsv4Cache
 from .configuration_dsv4 import Dsv4Config
+from .drafting import check_settings, decode_with_drafts
 from .step import OneColumn, make_step
+
+if TYPE_CHECKING:
+    from .modeling_dsv4 import Dsv4ForCausalLM
 
 # Keywords that number the documents of a packed prompt.
 _NUMBERS = ("seq_idx", "cu_seq_lens_q")
@@ -66,15 +70,50 @@ class Dsv4Generation(GenerationMixin):
         logits = self._step(ids, mask, positions, cache)
         return MoeCausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
+    def generate(self, *args: Any, draft: int | str | None = None, **kwargs: Any) -> Any:
+        """As transformers' `generate`, and with the model's own draft head if asked.
+
+        Args:
+            args: as there.
+            draft: None decodes a token a pass. "auto" lets the draft head guess, and checks as
+                many guesses as are worth their cost, none where drafting does not pay, or where
+                the model has no head. A number checks that many in every pass. The text is the
+                backbone's in any case; see `drafting.py`.
+            kwargs: as there.
+
+        Raises:
+            ValueError: a number without a draft head, or more than it can guess.
+            NotImplementedError: beams, another helper, or outputs of every step.
+        """
+        # Zero of them is decoding as usual.
+        if draft is None or draft == 0 or (draft == "auto" and self.config.draft_kind is None):
+            return super().generate(*args, **kwargs)
+        if self.config.draft_kind is None:
+            raise ValueError(f"draft: wanted a model with a draft head, got none; draft={draft!r}")
+        if kwargs.get("assistant_model") is not None:
+            raise NotImplementedError("draft together with assistant_model: pass one of the two")
+        return super().generate(*args, draft=draft, **kwargs)
+
+    def _sample(
+        self, input_ids: torch.Tensor, draft: int | str | None = None, **kwargs: Any
+    ) -> Any:
+        """The loop of greedy decoding and sampling, with or without a draft head."""
+        if draft is None:
+            return super()._sample(input_ids, **kwargs)
+        return decode_with_drafts(cast("Dsv4ForCausalLM", self), input_ids, draft, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         *args: Any,
         inputs_embeds: torch.Tensor | None = None,
         token_types: torch.Tensor | None = None,
+        draft: int | str | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As transformers does it; embeddings keep their ids, and what is written is text.
+
+        `draft` is no input: it stands here so that transformers hands it on to `_sample`.
 
         Embeddings are those of the prompt: the first pass reads them, later passes read the ids
         that were chosen. `token_types` grow with the text.
@@ -118,6 +157,8 @@ class Dsv4Generation(GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Make the model's own cache where `generate` would make a transformers one."""
+        if model_kwargs.get("draft") is not None:
+            check_settings(generation_config)
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "static"):
             raise ValueError(

@@ -128,7 +128,10 @@ class PretrainedLoading(_Base):
         return report
 
     def stats(self) -> dict[str, float]:
-        """Counters of the stores that read while computing, summed: reads, bytes, hits, waits."""
+        """Counters of the stores that read while computing, summed: reads, bytes, hits, waits.
+
+        And those of `generate(..., draft=...)`, all calls together, once there was one.
+        """
         total: dict[str, float] = {}
         seen: set[int] = set()
         for module in self.modules():
@@ -138,7 +141,8 @@ class PretrainedLoading(_Base):
             seen.add(id(store))
             for key, value in store.stats().items():
                 total[key] = total.get(key, 0) + value
-        return total
+        counts = getattr(getattr(self, "mtp", None), "counts", None)
+        return total | (counts.stats() if counts is not None and counts.passes else {})
 
 
 def _read_config(

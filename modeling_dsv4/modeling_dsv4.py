@@ -13,6 +13,7 @@ Which mechanisms a model has is written in its config; there is one set of class
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from . import hyper_ops
 from .attention import Dsv4Attention
-from .blocks import Dsv4DecoderLayer, Dsv4DraftStage, Pass
+from .blocks import Dsv4DecoderLayer, Pass
 from .cache import Dsv4Cache
 from .configuration_dsv4 import Dsv4Config
+from .draft import Dsv4DraftHead
 from .engram import lookup_rows
 from .engram_hash import EngramHash
 from .generating import Dsv4Generation
@@ -174,6 +176,7 @@ class Dsv4Model(Dsv4PreTrainedModel):
         seq_idx: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         last_tokens: int | None = None,
+        draft_head: Dsv4DraftHead | None = None,
         **kwargs: object,
     ) -> MoeModelOutputWithPast:
         """Run the backbone.
@@ -196,6 +199,7 @@ class Dsv4Model(Dsv4PreTrainedModel):
             cu_seq_lens_q: [documents + 1] borders of one packed row.
             last_tokens: return the hidden states of the last so many columns alone. Without
                 gradients, what nobody reads is then not computed: see `_unread_columns`.
+            draft_head: keeps in the cache what it will draft from.
             kwargs: other keys of transformers' collators; ignored. `return_dict=False` gives a
                 tuple.
 
@@ -227,6 +231,8 @@ class Dsv4Model(Dsv4PreTrainedModel):
                 seq_idx=seq_idx,
                 cu_seq_lens=cu_seq_lens_q,
             )
+        if cache and cache.drafts.on:
+            want = replace(want, drafts=draft_head)
         keeps_all = want.anything() or torch.is_grad_enabled()
         step = max(_CHUNK_TOKENS // batch, 1)
         given = (input_ids, inputs_embeds, token_types)
@@ -234,7 +240,9 @@ class Dsv4Model(Dsv4PreTrainedModel):
         if last_tokens is not None and not keeps_all:
             unread = self._unread_columns(columns, last_tokens, cache, attention_mask)
         if (columns > step or unread) and not keeps_all:
-            hidden, kept = self._forward_in_chunks(step, unread, segments, cache, given), Kept()
+            drafts = Wanted(None, False, False, want.drafts)
+            hidden = self._forward_in_chunks(step, unread, segments, cache, given, drafts)
+            kept = Kept()
         else:
             hidden, kept = self._pass(segments, cache, given, want)
         return MoeModelOutputWithPast(
@@ -256,6 +264,8 @@ class Dsv4Model(Dsv4PreTrainedModel):
         config = self.config
         behind = config.num_hidden_layers - 1 - max((0, *config.kv_source_layer_ids))
         rewind = 0 if cache is None else cache.max_rewind
+        # A draft head has a window of its own, of what leaves the last layer.
+        behind += cache is not None and cache.drafts.on
         unread = columns - max(last, rewind) - behind * (config.sliding_window - 1)
         if unread < _LEAST_UNREAD:
             return 0
@@ -272,6 +282,7 @@ class Dsv4Model(Dsv4PreTrainedModel):
         segments: Segments,
         cache: Dsv4Cache | None,
         given: tuple[torch.Tensor | None, ...],
+        want: Wanted,
     ) -> torch.Tensor:
         """Long inputs without gradients, `step` columns at a time: hidden [B, S - unread, D].
 
@@ -281,13 +292,13 @@ class Dsv4Model(Dsv4PreTrainedModel):
         columns = next(x.shape[1] for x in given[:2] if x is not None)
         cache = cache or Dsv4Cache(self.config)
         cache.begin(segments.row.shape[0], segments.row.device)
-        nothing, hidden = Wanted(None, False, False), []
+        hidden = []
         for at in (*range(0, unread, step), *range(unread, columns, step)):
             part = slice(at, min(at + step, unread if at < unread else columns))
             inputs = tuple(None if x is None else x[:, part] for x in given)
             assert cache.state is not None
             some = segments.part(part.start, part.stop, cache.state)
-            out, _ = self._pass(some, cache, inputs, nothing, stores_only=at < unread)
+            out, _ = self._pass(some, cache, inputs, want, stores_only=at < unread)
             if at >= unread:
                 hidden.append(out)
         return torch.cat(hidden, dim=1)
@@ -368,10 +379,14 @@ class Dsv4Model(Dsv4PreTrainedModel):
         cached = cache is not None and not told.segments.fresh
         past = self.config.sliding_window - 1 if cached else 0
         kept = Kept(past, told.segments.state.blank)
+        tapped: dict[int, torch.Tensor] = {}
+        points = want.drafts.points if want.drafts else ()
         for i, layer in enumerate(self.layers):
             if told.stores_only is not None and i > told.stores_only:
                 return embeds[:, :0], kept
             kept.add_state(streams, i, want)
+            if i in points:
+                tapped[i] = streams.mean(2)
             store = None if cache is None else cache.layers[i]
             streams, pre, *shared, logits, probabilities = layer(streams, pre, *shared, told, store)
             if want.attentions:
@@ -379,6 +394,10 @@ class Dsv4Model(Dsv4PreTrainedModel):
             if want.routers:
                 kept.routers.append(logits)
         kept.add_state(streams, len(self.layers), want)
+        if want.drafts and cache is not None:
+            tapped[len(self.layers)] = streams.mean(2)
+            seen = [tapped[i] for i in points]
+            want.drafts.remember(seen, streams, embeds, told, cache.drafts)
         hidden = self.hc_head(streams) if self.hc_head else hyper_ops.collapse(streams, pre)
         return self.norm(hidden), kept
 
@@ -393,7 +412,7 @@ def _columns_read(cache: Dsv4Cache | None, columns: int) -> int:
 
 
 class Dsv4ForCausalLM(Dsv4PreTrainedModel, Dsv4Generation, GenerationMixin):
-    """The backbone with its language-model head, and the weights of draft heads and vision."""
+    """The backbone with its language-model head and draft head, and the weights of vision."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -401,7 +420,7 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, Dsv4Generation, GenerationMixin):
         super().__init__(config)
         self.model = Dsv4Model(config)
         self.lm_head = Float32Head(config.hidden_size, config.vocab_size, bias=False)
-        self.mtp = nn.ModuleList(Dsv4DraftStage(config, i) for i in range(config.num_draft_layers))
+        self.mtp = Dsv4DraftHead(config)
         self.vision = OpaqueWeights.for_config(config)
         self.post_init()
 
@@ -439,7 +458,9 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, Dsv4Generation, GenerationMixin):
             )
         others = (inputs_embeds, labels, token_types, *kwargs.values())
         alone = use_cache is not False and all(x is None for x in others)
-        if self._step is not None and alone:
+        # A repeated step does not write what a draft head keeps.
+        drafting = isinstance(past_key_values, Dsv4Cache) and past_key_values.drafts.on
+        if self._step is not None and alone and not drafting:
             want = Wanted.of(
                 self.config, output_hidden_states, output_attentions, output_router_logits
             )
@@ -460,6 +481,7 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, Dsv4Generation, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_router_logits=output_router_logits,
+            draft_head=self.mtp if len(self.mtp) else None,
             return_dict=True,
             **kwargs,
         )

@@ -19,7 +19,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from transformers.utils.generic import TransformersKwargs
 
 from .configuration_dsv4 import Dsv4Config
 from .segments import Segments
+
+if TYPE_CHECKING:
+    from .draft import Dsv4DraftHead
 
 # All attention probabilities of one pass may have this many float32 numbers (4 GiB).
 _ATTENTION_NUMBERS = 1 << 30
@@ -39,11 +42,15 @@ States = bool | int | Sequence[int] | None
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is kept of a pass. `states`: numbers of the hidden states, None for none of them."""
+    """What is kept of a pass. `states`: numbers of the hidden states, None for none of them.
+
+    `drafts`: the head that keeps its keys of the pass in the cache, if one drafts.
+    """
 
     states: frozenset[int] | None
     attentions: bool
     routers: bool
+    drafts: Dsv4DraftHead | None = None
 
     @classmethod
     def of(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PreTrainedModel
 
-from .blocks import MarkovHead
+from .draft import MarkovHead
 from .engram_hash import DEAD, EngramHash
 from .moe import Dsv4Router
 from .storage import FrozenStorage

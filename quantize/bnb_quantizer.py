@@ -2,7 +2,7 @@
 """bitsandbytes for the dense linear maps, our packs for the routed experts: one saved model.
 
 bitsandbytes' own quantizer replaces `nn.Linear` and knows nothing of experts, which would stay as
-wide as they were: of V4-Flash 97 % of all bytes. `from_pretrained(..., quantization_config=
+wide as they were: of V4-Flash 97 % of all weights. `from_pretrained(..., quantization_config=
 BitsAndBytesConfig(...))` therefore ends here: its quantizer does the linear maps, the experts
 become records of a pack (or stay in the packs that they are in), and both are saved and loaded
 again under the method "dsv4_bitsandbytes".
@@ -186,20 +186,18 @@ def round_experts(model: nn.Module, recipe: Recipe) -> None:
         if not isinstance(plain, Dsv4Experts):
             continue
         sizes = (plain.hidden_size, plain.intermediate_size)
-        layout = PackLayout.build(prefix + path, plain.num_experts, *sizes, recipe.format_of)
-        packed = StoredExperts(prefix + path, plain.num_experts, *sizes, plain.swiglu_limit, layout)
-        weights = {
-            "gate_up_proj": plain.gate_up_proj.detach().unflatten(1, (2, -1)),
-            "down_proj": plain.down_proj.detach(),
-        }
-        records = [
-            record.encode({
-                name: get_format(record.format(name)).pack(weight[e])
-                for name, weight in weights.items()
-            })
-            for e, record in enumerate(map(layout.of, range(plain.num_experts)))
-        ]  # fmt: skip
-        packed.packed = torch.cat(records).view(layout.shape)
+        module = prefix + path
+        layout = PackLayout.build(module, plain.num_experts, *sizes, recipe.format_of)
+        packed = StoredExperts(module, plain.num_experts, *sizes, plain.swiglu_limit, layout)
+        packed.packed = torch.empty(layout.shape, dtype=torch.uint8)
+        for e in range(plain.num_experts):
+            weights = {
+                "gate_up_proj": plain.gate_up_proj[e].detach().unflatten(0, (2, -1)),
+                "down_proj": plain.down_proj[e].detach(),
+            }
+            record = layout.of(e)
+            parts = {k: get_format(record.format(k)).pack(w) for k, w in weights.items()}
+            layout.record(packed.packed, e).copy_(record.encode(parts))
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, packed)
 

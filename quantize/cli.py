@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dsv4-quantize`: plan, convert, verify, report."""
+"""`dsv4-quantize`: plan, convert, verify, report, export."""
 
 import json
 import sys
@@ -92,6 +92,18 @@ def convert(
     ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="New directory.")],
     recipe: Annotated[str, typer.Option(help="Formats of the routed experts.")] = "fp4",
+    bits: Annotated[
+        float | None, typer.Option(help="Bits of an expert's weight on average; formats by error.")
+    ] = None,
+    target_size: Annotated[str, typer.Option(help="Size of all of DST; formats by error.")] = "",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Text that says what matters, or statistics (.safetensors)."),
+    ] = None,
+    calibrate_model: Annotated[
+        Path | None,
+        typer.Option(help="Model to run over the text if not SRC, such as its fp4 conversion."),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Size of files of dense tensors.")] = "5GB",
     delete_source_shards: Annotated[
         bool,
@@ -100,6 +112,7 @@ def convert(
             help="Remove each shard of SRC once what is made of it is written and read back.",
         ),
     ] = False,
+    device: Annotated[str, typer.Option(help="Rounds experts: cpu, cuda:0, ...")] = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -108,22 +121,30 @@ def convert(
     SRC may be a repository of the Hub: its shards are fetched one by one, and never lie here whole.
     """
     from . import convert as work
-    from .config import get_recipe
+    from .choosing import Wish, settle
+    from .encode import check_device
     from .forecast import forecast
 
-    chosen, shard = get_recipe(recipe), parse_size(max_shard_size)
-    opened = work.open_source(source, target, chosen, shard, delete_source_shards)
+    check_device(device)
+    size = parse_size(target_size) if target_size else None
+    wish = Wish(recipe, bits, size, calibrate, calibrate_model)
+    shard, silent = parse_size(max_shard_size), quiet or as_json
+    tell = _errors.print if not silent else None
+    opened = work.open_source(source, target, recipe, shard, delete_source_shards)
     if opened is None:
         if not quiet:
             typer.echo(json.dumps({"target": str(target)}) if as_json else f"{target}: complete")
         return
+    settled = settle(wish, opened, target, tell)
+    chosen = settled.recipe
     job = work.plan_job(opened, chosen, shard)
-    silent = quiet or as_json
     if not silent:
-        _show_forecast(forecast(opened, job, target), Console(stderr=True))
+        _show_forecast(forecast(opened, job, target, settled.statistics, device), _errors)
     with _bar(job.nbytes, silent) as (advance, tell_error):
-        options = work.Options(delete_source_shards, progress=advance, tell_error=tell_error)
-        work.convert(source, target, chosen, shard, options=options)
+        options = work.Options(
+            delete_source_shards, progress=advance, tell_error=tell_error, device=device
+        )
+        work.convert(source, target, chosen, shard, None, options, settled.statistics, settled.wish)
     if as_json:
         data = {"target": str(target), "recipe": chosen.to_dict(), "bytes": job.nbytes}
         typer.echo(json.dumps({**data, "packs": len(job.packs), "shards": len(job.shards)}))
@@ -195,11 +216,38 @@ def report(
         Console().print(*work.tables(found))
 
 
+@app.command(epilog="Example: dsv4-quantize export flash-fp4 flash --format official")
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DST", help="A converted directory.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New directory, or GGUF file.")],
+    layout: Annotated[str, typer.Option("--format", help="official or gguf")] = "official",
+    max_shard_size: Annotated[str, typer.Option(help="Size of files.")] = "5GB",
+    quiet: Quiet = False,
+) -> None:
+    """Write DST in another layout: official is the release's, bit for bit; gguf is for llama.cpp.
+
+    Both want experts in fp4. What of gguf is checked stands in docs/quantization.md.
+    """
+    from .export import Converted, export_official
+    from .gguf_export import export_gguf
+
+    if layout not in ("official", "gguf"):
+        raise typer.BadParameter(f"wanted official or gguf, got {layout!r}", param_hint="--format")
+    total = sum(
+        path.stat().st_size for path in Converted(directory).directory.glob("*.safetensors")
+    )
+    with _bar(total, quiet) as (advance, _):
+        if layout == "gguf":
+            export_gguf(directory, output, advance)
+        else:
+            export_official(directory, output, parse_size(max_shard_size), advance)
+
+
 def main() -> None:
     """Run the program: exit 0 on success, 1 with one line on failure, 2 on wrong usage."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         reason = " ".join(str(error).split())
         _errors.print(f"dsv4-quantize: {reason}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
@@ -220,9 +268,7 @@ def _bar(total: int, silent: bool, unit: str = "bytes") -> Any:
         return
     size = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
     error = TextColumn("{task.fields[error]}")
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), *size, TimeRemainingColumn(), error,
-    )  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), *size, TimeRemainingColumn(), error)
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total, error="")
         yield (

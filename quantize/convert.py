@@ -12,10 +12,11 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -28,26 +29,27 @@ from modeling_dsv4.safetensors_file import INDEX
 from .checksums import Checksums, write_text
 from .config import METHOD, Recipe
 from .dense import DensePart, part_tiles
-from .encode import encode_expert, keeps_bytes
+from .encode import Statistics, encode_expert, keeps_bytes
 from .hub import HubOrigin, is_repository
 from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, peak_disk, plan_job
 from .origin import STAGING, LocalOrigin
 from .pack import PROJECTIONS
 from .sizes import format_size
-from .source import Source
+from .source import Source, small_files
 from .target import Target, sync_directory
 
 Progress = Callable[[str, int], None]
 # Of a dense tensor, what is in memory at a time.
 _PIECE = 1 << 23
-# What the matrices that are being rounded may take, and how often rounding holds one in float32.
+# What rounding may take; how often it holds a projection, and a matrix of moments, in float32.
 _ROUNDING_MEMORY = 2 * 2**30
-_COPIES = 10
+_COPIES = 8
+_MOMENTS = 6
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a conversion is run; nothing of it changes a byte of the result.
+    """How a conversion is run; nothing but the device can change a byte of the result.
 
     Attributes:
         delete_source_shards: remove each shard of the source once all that is made of it is
@@ -55,12 +57,15 @@ class Options:
         workers: items made at a time; None is as many as cores and memory allow.
         progress: called with (file, bytes finished) as work goes on, by any thread but one by one.
         tell_error: called with the relative squared error of what was rounded so far.
+        device: that experts are rounded on. Another device adds in another order, which can tip a
+            choice between two codes that are equally good.
     """
 
     delete_source_shards: bool = False
     workers: int | None = None
     progress: Progress | None = None
     tell_error: Callable[[float], None] | None = None
+    device: str = "cpu"
 
 
 def convert(
@@ -70,6 +75,8 @@ def convert(
     max_shard_size: int = DEFAULT_SHARD,
     progress: Progress | None = None,
     options: Options | None = None,
+    statistics: Statistics | None = None,
+    wish: Mapping[str, Any] | None = None,
 ) -> Path:
     """Convert a model directory; a second call with the same arguments continues the first.
 
@@ -80,6 +87,8 @@ def convert(
         max_shard_size: bytes of a file of dense tensors.
         progress: short for `Options(progress=...)`.
         options: how to run.
+        statistics: of the experts' inputs; without them rounding is free of calibration.
+        wish: what else the result depends on, by which a later call knows it again.
 
     Raises:
         ValueError: unusable source, a target that holds something else, a full disk.
@@ -88,34 +97,37 @@ def convert(
     target = Path(target)
     options = options or Options(progress=progress)
     deleted = options.delete_source_shards
-    opened = open_source(source, target, recipe, max_shard_size, deleted)
+    opened = open_source(source, target, recipe.name, max_shard_size, deleted)
     if opened is None:
         shutil.rmtree(target / STAGING, ignore_errors=True)
         return target
     job = plan_job(opened, recipe, max_shard_size)
-    sums = _open_sums(opened, target, recipe, max_shard_size)
+    identity = {"wish": dict(wish)} if wish else {}
+    sums = _open_sums(opened, target, recipe, max_shard_size, identity)
     _check_space(opened, job, sums, target)
     opened.origin.prepare()
     with _full_disk_explained(target):
         files = Target(target, job, sums)
         try:
-            _run(opened, files, options)
+            _run(opened, files, options, statistics)
         finally:
             files.close()
         if not sums.complete:
-            _write_small_files(opened, target, recipe, job, sums)
+            config = quantized_config(opened.config, recipe, job, statistics is not None)
+            _write_small_files(opened, target, config, job, sums)
     shutil.rmtree(target / STAGING, ignore_errors=True)
     return target
 
 
 def open_source(
-    source: str | Path, target: Path, recipe: Recipe, max_shard_size: int, delete: bool = False
+    source: str | Path, target: Path, recipe: str, max_shard_size: int, delete: bool = False
 ) -> Source | None:
     """Open what is to be converted; None if that is done, and the source gone.
 
     Args:
         source: a directory, or OWNER/NAME on the Hub.
-        target, recipe, max_shard_size: as `convert` has them.
+        target, max_shard_size: as `convert` has them.
+        recipe: name of the recipe.
         delete: shards go once they are converted.
 
     Raises:
@@ -143,25 +155,28 @@ def _check_target(source: str | Path, target: Path) -> None:
         raise ValueError(f"{target}: is not empty; give a new directory, or remove what is there")
 
 
-def _is_complete(target: Path, recipe: Recipe, max_shard_size: int) -> bool:
-    """Whether a target holds a finished conversion by this recipe."""
+def _is_complete(target: Path, recipe: str, max_shard_size: int) -> bool:
+    """Whether a target holds a finished conversion by a recipe of this name, or by a wish."""
     sums = Checksums.load(target) if target.is_dir() else None
     return (
         sums is not None
         and sums.complete
-        and sums.job["recipe"] == recipe.to_dict()
+        and (sums.job["recipe"]["name"] == recipe or "wish" in sums.job)
         and sums.job["max_shard_size"] == max_shard_size
         and all(sums.has(target / name) for name in sums.files)
     )
 
 
-def _open_sums(source: Source, target: Path, recipe: Recipe, max_shard_size: int) -> Checksums:
+def _open_sums(
+    source: Source, target: Path, recipe: Recipe, max_shard_size: int, identity: dict[str, Any]
+) -> Checksums:
     """Find what an earlier run finished, or refuse what is not this conversion's."""
     job: dict[str, Any] = {
         "source": source.fingerprint,
         "recipe": recipe.to_dict(),
         "max_shard_size": max_shard_size,
         **source.origin.identity,
+        **identity,
     }
     sums = Checksums.load(target) if target.exists() else None
     if sums is not None and sums.job != job:
@@ -195,22 +210,23 @@ def space_wanted(source: Source, job: Job) -> int:
     return peak_disk(job, origin.sizes, origin.fetched, not origin.keeps and not origin.fetched)
 
 
-def _run(source: Source, target: Target, options: Options) -> None:
+def _run(source: Source, target: Target, options: Options, statistics: Statistics | None) -> None:
     """Make all items, step by step, and let the source's shards go."""
     job, origin = target.job, source.origin
     steps = job.steps(source.shards)
     last = last_uses(steps)
     told = _Told(options)
+    make = partial(_make, source, target, told, statistics, options.device)
     for name in job.files:
         if done := target.done_bytes(name):
             told.progress(name, done)
-    workers = options.workers or count_workers(source, job)
+    workers = options.workers or count_workers(source, job, statistics is not None)
     for number, items in enumerate(steps):
         todo = [item for item in items if not target.is_done(item)]
         for shard in sorted({shard for item in todo for shard in item.needs}):
             origin.fetch(shard)
         try:
-            _run_items(source, target, todo, workers, told)
+            _run_items(make, target, todo, workers)
         finally:
             target.commit()
         leaving = [s for s in source.shards if last.get(s, 0) == number and origin.holds(s)]
@@ -221,7 +237,7 @@ def _run(source: Source, target: Target, options: Options) -> None:
 
 
 def _run_items(
-    source: Source, target: Target, items: list[Item], workers: int, told: "_Told"
+    make: Callable[[Item], int], target: Target, items: list[Item], workers: int
 ) -> None:
     threads = torch.get_num_threads()
     # Each worker computes alone; threads of a thread would wait for each other.
@@ -232,7 +248,7 @@ def _run_items(
         try:
             while True:
                 while len(running) <= workers and (item := next(left, None)) is not None:
-                    running[pool.submit(_make, source, target, item, told)] = item
+                    running[pool.submit(make, item)] = item
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -243,13 +259,20 @@ def _run_items(
             torch.set_num_threads(threads)
 
 
-def _make(source: Source, target: Target, item: Item, told: "_Told") -> int:
+def _make(
+    source: Source,
+    target: Target,
+    told: "_Told",
+    statistics: Statistics | None,
+    device: str,
+    item: Item,
+) -> int:
     """Make and write one item; returns its checksum."""
     pack = target.job.files[item.file].pack
     if pack is not None:
         experts, layout = pack
         expert = int(item.key)
-        made = encode_expert(source, experts, expert, layout.of(expert))
+        made = encode_expert(source, experts, expert, layout.of(expert), statistics, device)
         raw = made.record.numpy().data
         target.write(item, raw)
         told.rounded(made.error, made.power)
@@ -285,7 +308,7 @@ def _make_part(source: Source, target: Target, item: Item, part: DensePart, told
     return crc
 
 
-def count_workers(source: Source, job: Job) -> int:
+def count_workers(source: Source, job: Job, calibrated: bool = False) -> int:
     """Items to make at a time: all cores, unless rounding would take too much memory."""
     rounds = any(
         not keeps_bytes(experts, layout, projection)
@@ -293,9 +316,15 @@ def count_workers(source: Source, job: Job) -> int:
         for layout in pack.layouts
         for projection in PROJECTIONS
     )
-    matrix = 4 * source.config.hidden_size * source.config.moe_intermediate_size
-    fit = _ROUNDING_MEMORY // (_COPIES * matrix) if rounds else 64
-    return max(1, min(len(os.sched_getaffinity(0)), fit))
+    cores = len(os.sched_getaffinity(0))
+    if not rounds:
+        # Copying waits for the disk, which two threads a core keep busy.
+        return 2 * cores
+    hidden, width = source.config.hidden_size, source.config.moe_intermediate_size
+    taken = _COPIES * 4 * 2 * hidden * width
+    if calibrated:
+        taken += _MOMENTS * 4 * max(hidden, width) ** 2
+    return max(1, min(cores, _ROUNDING_MEMORY // taken))
 
 
 class _Told:
@@ -319,18 +348,17 @@ class _Told:
 
 
 def _write_small_files(
-    source: Source, target: Path, recipe: Recipe, job: Job, sums: Checksums
+    source: Source, target: Path, config: Dsv4Config, job: Job, sums: Checksums
 ) -> None:
     weight_map = {name: file for file, entries in job.shards.items() for name in entries}
     total = sum(entry_bytes(entry) for entries in job.shards.values() for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_text(target / INDEX, json.dumps(index, indent=1))
-    for path in source.beside():
+    for path in small_files(source.directory):
         beside = target / f"{path.name}.tmp"
         shutil.copyfile(path, beside)
         beside.replace(target / path.name)
         sums.add(target / path.name)
-    config = quantized_config(source.config, recipe, job)
     write_text(target / "config.json", config.to_json_string(use_diff=False))
     for name in (INDEX, "config.json"):
         sums.add(target / name)
@@ -339,7 +367,9 @@ def _write_small_files(
     sync_directory(target)
 
 
-def quantized_config(config: Dsv4Config, recipe: Recipe, job: Job) -> Dsv4Config:
+def quantized_config(
+    config: Dsv4Config, recipe: Recipe, job: Job, calibrated: bool = False
+) -> Dsv4Config:
     """The source's configuration with how its weights are stored now."""
     config = copy.deepcopy(config)
     dense = dict(getattr(config, "quantization_config", None) or {})
@@ -349,6 +379,7 @@ def quantized_config(config: Dsv4Config, recipe: Recipe, job: Job) -> Dsv4Config
         **dense,
         "quant_method": METHOD,
         "recipe": recipe.to_dict(),
+        "calibrated": calibrated,
         "packs": [layout.to_dict() for layout in found],
     }
     return config

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One expert of a source as the record of a pack: bytes where the format stays, else rounded."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +9,11 @@ import torch
 from modeling_dsv4.formats import WeightFormat, get_format
 
 from .pack import PROJECTIONS, RecordLayout
+from .rounding import quantize_weight
 from .source import ExpertsSource, Slice, Source
 
+# (module, expert, projection) to second moments [I, I], or None where nothing is known.
+Statistics = Callable[[str, int, str], torch.Tensor | None]
 # Rows whose error is measured while rounding: enough for a figure to look at, and cheap.
 _SAMPLE_ROWS = 128
 
@@ -35,19 +39,42 @@ def keeps_bytes(experts: ExpertsSource, layout: RecordLayout, projection: str) -
     return held is not None and held.name == layout.format(projection)
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ValueError: an unknown name, or a device that this machine does not have.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device: wanted a device of this machine, such as cpu or cuda:0, got {device!r} "
+            f"({reason})"
+        ) from error
+
+
 def encode_expert(
-    source: Source, experts: ExpertsSource, expert: int, layout: RecordLayout
+    source: Source,
+    experts: ExpertsSource,
+    expert: int,
+    layout: RecordLayout,
+    statistics: Statistics | None = None,
+    device: str = "cpu",
 ) -> Encoded:
     """Make one expert's record.
 
-    Bytes that stay are read straight to their place. What is rounded is read one matrix [out, in]
-    at a time, so that memory is a few times that of one matrix in float32.
+    Bytes that stay are read straight to their place. What is rounded is read one projection at a
+    time, so that memory is a few times that of one in float32.
 
     Args:
         source: to read from.
         experts: the module that the expert belongs to.
         expert: its number.
         layout: of its record.
+        statistics: second moments of what an expert's projection is fed with, or None.
+        device: that computes; what it reads and gives is on the CPU.
     """
     record = torch.zeros(layout.nbytes, dtype=torch.uint8)
     views = layout.decode(record)
@@ -58,8 +85,14 @@ def encode_expert(
         if keeps_bytes(experts, layout, projection):
             _read_parts(source, places, views[projection])
             continue
+        weight = _read_weight(source, experts.weight_format, places, device)
         wanted = get_format(layout.format(projection))
-        e, p = _round_parts(source, experts.weight_format, places, wanted, views[projection])
+        second = statistics(experts.name, expert, projection) if statistics else None
+        packed = quantize_weight(weight, wanted, None if second is None else second.to(device))
+        for part, tensor in packed.items():
+            raw = tensor.contiguous().view(torch.uint8)
+            views[projection][part].view(torch.uint8).copy_(raw)
+        e, p = _sampled_error(wanted, packed, weight)
         error, power = error + e, power + p
     return Encoded(record, error, power)
 
@@ -74,36 +107,15 @@ def _read_parts(
             source.read_into(place, target.flatten().view(torch.uint8).numpy().data)
 
 
-def _round_parts(
-    source: Source,
-    held: WeightFormat | None,
-    places: dict[str, list[Slice]],
-    wanted: WeightFormat,
-    views: dict[str, torch.Tensor],
-) -> tuple[float, float]:
-    """Round a projection matrix by matrix into its views; returns error and power of some rows."""
-    read = {part: _matrices(source, found) for part, found in places.items()}
-    matrices = [
-        dict(zip(read, tensors, strict=True)) for tensors in zip(*read.values(), strict=True)
-    ]
-    error = power = 0.0
-    for m, parts in enumerate(matrices):
-        weight = parts[""].float() if held is None else held.unpack(parts, torch.float32)
-        packed = wanted.pack(weight)
-        for part, tensor in packed.items():
-            target = views[part][m] if len(matrices) > 1 else views[part]
-            target.view(torch.uint8).copy_(tensor.contiguous().view(torch.uint8))
-        e, p = _sampled_error(wanted, packed, weight)
-        error, power = error + e, power + p
-    return error, power
-
-
-def _matrices(source: Source, places: list[Slice]) -> list[torch.Tensor]:
-    """Read matrices [out, in]: several slices, or one of [2, F, ...]."""
-    read = [source.read(place) for place in places]
-    if len(read) == 1 and read[0].dim() == 3:
-        return list(read[0])
-    return read
+def _read_weight(
+    source: Source, held: WeightFormat | None, places: dict[str, list[Slice]], device: str
+) -> torch.Tensor:
+    """Read a projection as numbers: [2, F, D] or [D, F] float32."""
+    parts = {}
+    for part, found in places.items():
+        read = [source.read(place) for place in found]
+        parts[part] = (torch.stack(read) if len(read) > 1 else read[0]).to(device)
+    return parts[""].float() if held is None else held.unpack(parts, torch.float32)
 
 
 def _sampled_error(

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .convert import count_workers, space_wanted
-from .encode import encode_expert
+from .dense import scale_name
+from .encode import Statistics, encode_expert
 from .job import Job, entry_bytes
 from .source import Source
 
@@ -54,12 +55,18 @@ class Forecast:
     seconds: float | None
 
 
-def forecast(source: Source, job: Job, target: Path) -> Forecast:
-    """Add up headers, and try an expert of each kind."""
+def forecast(
+    source: Source,
+    job: Job,
+    target: Path,
+    statistics: Statistics | None = None,
+    device: str = "cpu",
+) -> Forecast:
+    """Add up headers, and try an expert of each kind on the device that will round."""
     where = next(path for path in (target, *target.absolute().parents) if path.is_dir())
-    parts = (*_expert_parts(source, job), _dense_part(source, job))
+    parts = (*_expert_parts(source, job), *_dense_parts(source, job))
     disk, free = space_wanted(source, job), shutil.disk_usage(where).free
-    return Forecast(parts, disk, free, _seconds(source, job, where))
+    return Forecast(parts, disk, free, _seconds(source, job, where, statistics, device))
 
 
 def _expert_parts(source: Source, job: Job) -> list[Part]:
@@ -77,15 +84,33 @@ def _expert_parts(source: Source, job: Job) -> list[Part]:
     return [Part("routed experts", f, count[f], before[f], after[f]) for f in count]
 
 
-def _dense_part(source: Source, job: Job) -> Part:
-    names = [name for entries in job.shards.values() for name in entries]
-    after = sum(entry_bytes(entry) for entries in job.shards.values() for entry in entries.values())
-    raw = [source.raw(name) for name in names]
-    before = sum(place.end - place.start for place in raw if place is not None)
-    return Part("everything else", "as it is", len(names), before, after)
+def _dense_parts(source: Source, job: Job) -> list[Part]:
+    found: dict[str, Part] = {}
+    for file in job.files.values():
+        for name, entry in file.entries.items():
+            part = file.packed.get(name)
+            # Codes stand for the whole weight that the source has in one or two tensors.
+            weight = name if part is None else part.weight if not part.suffix else None
+            names = () if weight is None else (weight,) if part is None else _stored(weight)
+            before = sum(entry_bytes(source.dense[n]) for n in names if n in source.dense)
+            formats = "as it is" if part is None else part.format.name
+            what = "everything else" if part is None else "embedding, head, tables"
+            old = found.get(formats, Part(what, formats, 0, 0, 0))
+            found[formats] = Part(
+                what, formats, old.count + len(names[:1]), old.before + before,
+                old.after + entry_bytes(entry),
+            )  # fmt: skip
+    return list(found.values())
 
 
-def _seconds(source: Source, job: Job, where: Path) -> float | None:
+def _stored(weight: str) -> tuple[str, ...]:
+    """Names of a weight and of its scales in the source, if it has any."""
+    return weight, scale_name(weight)
+
+
+def _seconds(
+    source: Source, job: Job, where: Path, statistics: Statistics | None, device: str
+) -> float | None:
     counts: Counter[str] = Counter()
     example = {}
     for experts, pack in job.packs.values():
@@ -99,9 +124,12 @@ def _seconds(source: Source, job: Job, where: Path) -> float | None:
     encoding = 0.0
     for kind, (experts, e, layout) in example.items():
         start = time.perf_counter()
-        encode_expert(source, experts, e, layout)
+        encode_expert(source, experts, e, layout, statistics, device)
         encoding += counts[kind] * (time.perf_counter() - start)
-    return max(encoding / count_workers(source, job), job.nbytes / _write_rate(where))
+    return max(
+        encoding / count_workers(source, job, statistics is not None),
+        job.nbytes / _write_rate(where),
+    )
 
 
 def _write_rate(where: Path) -> float:

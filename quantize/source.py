@@ -274,12 +274,13 @@ class Source:
         check_token_map(token_map, self.config)
         return token_map
 
-    def beside(self) -> Iterator[Path]:
-        """Yield the small files that belong to a model and are no weights: tokenizer, templates."""
-        for path in sorted(self.directory.iterdir()):
-            own = re.fullmatch(r"config\.json|checksums\.json|.*\.index\.json", path.name)
-            if path.suffix in (".json", ".txt", ".jinja", ".model") and path.is_file() and not own:
-                yield path
+
+def small_files(directory: Path) -> Iterator[Path]:
+    """Yield the files that belong to a model and are no weights: tokenizer, templates."""
+    for path in sorted(directory.iterdir()):
+        own = re.fullmatch(r"config\.json|checksums\.json|.*\.index\.json", path.name)
+        if path.suffix in (".json", ".txt", ".jinja", ".model") and path.is_file() and not own:
+            yield path
 
 
 def _fits(info: TensorInfo, entry: Entry) -> bool:

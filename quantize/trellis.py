@@ -16,13 +16,16 @@ The rotation makes whatever a row holds, a 16-level grid or outliers, close to G
 size, for which the table is made and one bfloat16 scale a row is enough.
 """
 
+import ctypes
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from modeling_dsv4.cpu.build import library
 from modeling_dsv4.formats import Parts, Shape, WeightFormat, hadamard, register_format
 
 from .bits import pack_bits, unpack_bits
@@ -40,6 +43,9 @@ COMMIT, AHEAD = 64, 16
 _ROWS = {"cpu": 32}
 _DEVICE_ROWS = 4096
 _TINY = 2.0**-126
+# C sources; there the least costs of a step take as many numbers as this.
+CPU = Path(__file__).parent / "cpu"
+_MOST_HEADS = STATES >> 4
 _NEVER = 1e9
 
 Settled = Callable[[torch.Tensor, int, torch.Tensor], None]
@@ -196,6 +202,9 @@ def viterbi(y: torch.Tensor, table: torch.Tensor, bits: int, state: torch.Tensor
         Windows [K / 2, R] int64.
     """
     rows, steps = len(y), y.shape[1] // 2
+    compiled = library(CPU) if y.device.type == "cpu" else None
+    if compiled is not None:
+        return _viterbi_in_c(compiled, y, table, bits, state)
     choices, heads = 1 << bits, STATES >> bits
     targets = y.T.reshape(steps, 2, rows)
     own, cross = table.square().sum(1, keepdim=True), -2 * table
@@ -217,6 +226,19 @@ def viterbi(y: torch.Tensor, table: torch.Tensor, bits: int, state: torch.Tensor
         head = window >> bits
         before = cost[t].view(choices, heads * rows)[:, head * rows + row]
         window = before.argmin(0) * heads + head
+    return path
+
+
+def _viterbi_in_c(
+    compiled: ctypes.CDLL, y: torch.Tensor, table: torch.Tensor, bits: int, state: torch.Tensor
+) -> torch.Tensor:
+    rows, steps = len(y), y.shape[1] // 2
+    own, cross = table.square().sum(1), (-2 * table).T.contiguous()
+    scratch = torch.empty((steps + 1) * STATES + steps * _MOST_HEADS)
+    path = torch.empty(steps, rows, dtype=torch.int64)
+    tensors = (y.contiguous(), own, *cross, state.contiguous(), scratch, path)
+    pointers = (ctypes.c_void_p(x.data_ptr()) for x in tensors)
+    compiled.dsv4_viterbi(*pointers, *map(ctypes.c_int64, (rows, steps, bits)))
     return path
 
 

@@ -2,7 +2,7 @@
 """The training loop: a pure function of corpus, configuration and recipe."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,8 +54,8 @@ class Balance:
     amount, that of the others falls.
     """
 
-    def __init__(self, model: Dsv4ForCausalLM) -> None:
-        self.gates = [layer.mlp.gate for layer in model.model.layers]
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self.gates = [layer.mlp.gate for layer in layers]
         self.counts = [torch.zeros_like(g.e_score_correction_bias) for g in self.gates]
         for gate, counts in zip(self.gates, self.counts, strict=True):
             gate.register_forward_hook(lambda _m, _a, out, counts=counts: self._count(out, counts))
@@ -122,7 +122,7 @@ def train(
 ) -> Iterator[tuple[Dsv4ForCausalLM, Step]]:
     """Train, yielding the model and a report after every step."""
     model = new_model(config, corpus.tokenizer, recipe).train()
-    balance, teacher = Balance(model), IndexTeacher(model, recipe.teach_rows)
+    balance, teacher = Balance(model.model.layers), IndexTeacher(model, recipe.teach_rows)
     optimizer = optimizers(model, recipe)
     peaks = [[g["lr"] for g in o.param_groups] for o in optimizer]
     sparse = config.index_topk, config.candidate_topk_blocks

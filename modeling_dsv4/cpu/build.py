@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the C files beside this one, once a machine, and load them.
+"""Compile C files, once a machine, and load them: those beside this one, or a folder's.
 
 The library lies in the user's cache directory under a name made of all that shaped it: the
 sources, the compiler's flags, and the processor, for whose instructions it is compiled.
@@ -17,28 +17,29 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+HERE = Path(__file__).parent
 _LOG = logging.getLogger(__name__)
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 _SECONDS = 120
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled operations, or None where there is no C compiler or it fails.
+def library(folder: Path = HERE) -> ctypes.CDLL | None:
+    """The operations of a folder's C files, or None where there is no C compiler or it fails.
 
     The environment variable CC names the compiler (default: cc, gcc or clang on the path);
     DSV4_CACHE the directory that keeps the result (default: dsv4 in the user's cache directory).
     """
     compiler = find_compiler()
     if compiler is None:
-        _LOG.info("no C compiler: decoding on a CPU takes torch's operations, many times slower")
+        _LOG.info("no C compiler: CPUs take torch's operations, many times slower")
         return None
     try:
-        return ctypes.CDLL(str(build(compiler, cache_directory())))
+        return ctypes.CDLL(str(build(compiler, cache_directory(), folder)))
     except (OSError, subprocess.SubprocessError) as error:
         _LOG.warning(
-            "%s could not build the CPU operations (%s); decoding takes torch's, many times "
-            "slower. Name another compiler in CC",
+            "%s could not build the CPU operations (%s); torch's are taken, many times slower. "
+            "Name another compiler in CC",
             compiler,
             _last_line(error),
         )
@@ -70,9 +71,9 @@ def cache_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="dsv4-"))
 
 
-def build(compiler: str, directory: Path) -> Path:
-    """Compile the sources into `directory` if it does not hold the result; gives its path."""
-    sources = sorted(Path(__file__).parent.glob("*.c"))
+def build(compiler: str, directory: Path, folder: Path = HERE) -> Path:
+    """Compile a folder's sources, unless `directory` holds the result; gives its path."""
+    sources = sorted(folder.glob("*.c"))
     texts = [path.read_bytes() for path in sources]
     shaped = b"\0".join([*texts, " ".join((compiler, *_FLAGS)).encode(), _processor().encode()])
     target = directory / f"cpu-{hashlib.sha256(shaped).hexdigest()[:24]}.so"

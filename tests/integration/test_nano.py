@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 NANO = ROOT / "models" / "nano-v41"
 sys.path.append(str(ROOT / "examples"))
 
-from nano import ablate, data, optim, publish, recipe, train  # noqa: E402
+from nano import ablate, data, drafts, optim, publish, recipe, train  # noqa: E402
 from nano.ngram import NGram  # noqa: E402
 
 from modeling_dsv4 import Dsv4ForCausalLM  # noqa: E402
@@ -158,7 +158,7 @@ def test_every_epoch_reads_other_rows_of_the_same_text() -> None:
 
 
 def test_balancing_raises_the_bias_of_an_idle_expert(shipped: Dsv4ForCausalLM) -> None:
-    balance = train.Balance(shipped)
+    balance = train.Balance(shipped.model.layers)
     gate, counts = balance.gates[0], balance.counts[0]
     before = gate.e_score_correction_bias.clone()
     for c in balance.counts:
@@ -190,7 +190,8 @@ def test_training_again_repeats_the_loss_at_step_50(corpus: data.Corpus) -> None
 
 
 def test_the_checkpoint_is_small_and_complete() -> None:
-    assert (NANO / "model.safetensors").stat().st_size <= publish.MAX_BYTES
+    assert (NANO / drafts.MAIN).stat().st_size <= publish.MAX_BYTES
+    assert (NANO / drafts.HEAD).stat().st_size <= 3_000_000
     for name in ("config.json", "tokenizer.json", "README.md", "losses.csv", "loss.svg"):
         assert (NANO / name).is_file()
 
@@ -242,3 +243,66 @@ def test_ablations_leave_the_model_as_it_was(
             changed[name] = train.held_out_loss(shipped, rows)
     assert train.held_out_loss(shipped, rows) == before
     assert all(loss != before for loss in changed.values())
+
+
+# --- the draft head -----------------------------------------------------------------------------
+
+
+def test_the_head_stands_beside_a_backbone_that_is_as_published(
+    shipped: Dsv4ForCausalLM, results: dict[str, Any]
+) -> None:
+    backbone = [p for name, p in shipped.named_parameters() if not name.startswith("mtp.")]
+    assert sum(p.numel() for p in backbone) == results["parameters"]
+    assert (NANO / drafts.MAIN).stat().st_size == results["bytes"]
+    config = {k: getattr(shipped.config, k) for k in drafts.SHAPE}
+    assert config == drafts.SHAPE and not shipped.config.dspark_reads_outputs
+
+
+def test_the_shipped_head_guesses_as_often_right_as_stated(
+    shipped: Dsv4ForCausalLM, held_out: dict[str, np.ndarray]
+) -> None:
+    stated = json.loads((NANO / "draft.json").read_text())["held_out"]
+    found = drafts.measure(shipped, held_out, rows=16)["held_out"]
+    for name, domain in stated.items():
+        assert found[name]["agreed"] == pytest.approx(domain["agreed"], abs=0.01)
+        # A confidence is a probability: it says how often guesses are right.
+        assert found[name]["sure"] == pytest.approx(found[name]["agreed"], abs=0.06)
+        assert found[name]["agreed"][0] > 0.5
+
+
+def test_drafting_gives_more_than_the_promised_tokens_a_pass(
+    shipped: Dsv4ForCausalLM, held_out: dict[str, np.ndarray]
+) -> None:
+    ids = torch.from_numpy(held_out["prose"][:2, :64].astype(np.int64))
+    settings = {"max_new_tokens": 48, "do_sample": False, "eos_token_id": None}
+    mask = torch.ones_like(ids)
+    plain = shipped.generate(ids, attention_mask=mask, **settings)
+    found = shipped.generate(
+        ids, attention_mask=mask, draft="auto", return_dict_in_generate=True, **settings
+    )
+    assert torch.equal(found.sequences, plain)
+    # Of two rows together.
+    assert found.drafting.tokens / found.drafting.passes > 2 * 1.6
+
+
+def test_a_few_steps_teach_a_fresh_head_the_commonest_tokens(
+    shipped: Dsv4ForCausalLM, corpus: data.Corpus
+) -> None:
+    plan = dataclasses.replace(drafts.DraftRecipe(), steps=12, rows=2, length=96, anchors=24)
+    model = drafts.with_head(shipped, plan)
+    before = {k: v.clone() for k, v in model.model.state_dict().items()}
+    steps = list(drafts.train_head(model, corpus, plan))
+    assert steps[-1].loss < steps[0].loss
+    assert steps[-1].confidence_loss < steps[0].confidence_loss
+    assert all(torch.equal(v, before[k]) for k, v in model.model.state_dict().items())
+
+
+def test_a_head_is_written_beside_weights_that_keep_their_bytes(
+    shipped: Dsv4ForCausalLM, tmp_path: Path
+) -> None:
+    for name in ("config.json", drafts.MAIN):
+        target = "model.safetensors" if name == drafts.MAIN else name
+        (tmp_path / target).write_bytes((NANO / name).read_bytes())
+    drafts.write_head(shipped, tmp_path, {})
+    for name in (drafts.MAIN, drafts.HEAD, "model.safetensors.index.json", "config.json"):
+        assert (tmp_path / name).read_bytes() == (NANO / name).read_bytes()

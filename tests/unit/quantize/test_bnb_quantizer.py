@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import quantize
@@ -132,6 +132,24 @@ def test_no_expert_stays_wide(source: Path) -> None:
     assert len(experts) == model.config.num_hidden_layers
     assert {m.layout.of(0).format("down_proj") for m in experts} == {"fp4"}
     assert model.is_loaded_in_4bit
+
+
+def test_the_auto_class_leaves_experts_on_disk(packed: Path) -> None:
+    config = BitsAndBytesConfig(**CONFIGS["nf4"])
+    model = AutoModelForCausalLM.from_pretrained(
+        packed, dtype=torch.float32, quantization_config=config, expert_memory="16KiB"
+    )
+    assert all(m.store for m in model.modules() if isinstance(m, StoredExperts))
+    assert torch.equal(logits(model.eval()), logits(load(packed)))
+
+
+def test_a_recipe_may_be_chosen_for_plain_experts(plain: Path) -> None:
+    chosen = quantize.Recipe("mine", (("*.0.*", "fp8_rows32"), ("*", "fp4")))
+    config = quantize.Dsv4BitsAndBytesConfig(CONFIGS["nf4"], recipe=chosen, round_experts=True)
+    model = Dsv4ForCausalLM.from_pretrained(plain, quantization_config=config)
+    experts = [m for m in model.modules() if isinstance(m, StoredExperts)]
+    kinds = [m.layout.of(1).format("down_proj") for m in experts]
+    assert kinds == ["fp8_rows32"] + ["fp4"] * (len(experts) - 1)
 
 
 def test_plain_experts_become_the_records_that_convert_writes(plain: Path, packed: Path) -> None:

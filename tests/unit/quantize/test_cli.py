@@ -2,6 +2,8 @@
 """`dsv4-quantize` as a person or a script runs it: exit codes, one-line errors, clean JSON."""
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,7 +36,7 @@ def release(golden_dir: Path) -> Path:
     return golden_dir / "v4_a_fp8"
 
 
-@pytest.mark.parametrize("command", ["plan", "convert", "verify", "report"])
+@pytest.mark.parametrize("command", ["plan", "convert", "verify", "report", "export"])
 def test_every_command_helps_with_an_example(run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -56,6 +58,13 @@ def test_convert_then_verify(run, release: Path, tmp_path: Path) -> None:
     assert "experts-layers-0.safetensors" in err
     code, out, _ = run("verify", tmp_path / "out")
     assert (code, "files are as they were written" in out) == (0, True)
+
+
+def test_a_device_that_is_not_there_is_refused(run, release: Path, tmp_path: Path) -> None:
+    code, _, err = run("convert", release, tmp_path / "out", "--recipe", "q2", "--device", "gpu7")
+    assert code == 1
+    assert "wanted a device of this machine, such as cpu or cuda:0, got 'gpu7'" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_quiet_says_nothing(run, release: Path, tmp_path: Path) -> None:
@@ -174,3 +183,31 @@ def test_a_plan_tells_what_this_version_does_not_do(run, golden_dir: Path) -> No
     data = json.loads(run("plan", config, "--ram", "2TB", "--json")[1])
     assert data["fits"]
     assert not {"note", "engram_on_disk_supported"} & set(data)
+
+
+def test_convert_shows_what_it_will_take(run, release: Path, tmp_path: Path) -> None:
+    code, _, err = run("convert", release, tmp_path / "out")
+    assert code == 0
+    assert "routed experts" in err
+    assert "everything else" in err
+    assert re.search(r"disk: .*B wanted, .*B free; time: about", err)
+
+
+def test_shards_are_deleted_when_asked(run, release: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(release, tmp_path / "source"))
+    assert run("convert", source, tmp_path / "out", "--quiet", "--delete-source-shards")[0] == 0
+    assert not (source / "model.safetensors").exists()
+    code, out, _ = run("convert", source, tmp_path / "out", "--delete-source-shards")
+    assert (code, "out: complete" in out) == (0, True)
+    assert run("verify", tmp_path / "out", "--quiet")[0] == 0
+
+
+def test_export_gives_the_release_back(run, release: Path, tmp_path: Path) -> None:
+    run("convert", release, tmp_path / "out", "--quiet")
+    assert run("export", tmp_path / "out", tmp_path / "back", "--quiet") == (0, "", "")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config == json.loads((release / "config.json").read_text())
+    assert run("export", tmp_path / "out", tmp_path / "other", "--format", "onnx")[0] == 2
+    file = tmp_path / "model.gguf"
+    assert run("export", tmp_path / "out", file, "--format", "gguf", "--quiet") == (0, "", "")
+    assert file.read_bytes().startswith(b"GGUF")

@@ -307,6 +307,18 @@ def test_a_malformed_checksum_file_is_refused(tmp_path: Path) -> None:
         Checksums.load(tmp_path)
 
 
+@pytest.mark.parametrize("what", ["source", "max_shard_size", "header", "crc32"])
+def test_no_number_in_the_checksums_can_change_unnoticed(
+    release: Path, tmp_path: Path, what: str
+) -> None:
+    path = convert(release, tmp_path / "out", FP4) / "checksums.json"
+    text = path.read_text()
+    at = text.index(f'"{what}": ') + len(what) + 4
+    path.write_text(f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}")
+    with pytest.raises(ValueError, match="does not have its own checksum"):
+        Checksums.load(tmp_path / "out")
+
+
 def test_a_damaged_small_file_is_found(release: Path, tmp_path: Path) -> None:
     (release / "tokenizer_config.json").write_text("{}")
     target = convert(release, tmp_path / "out", FP4)

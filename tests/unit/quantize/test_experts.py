@@ -269,6 +269,8 @@ def test_experts_in_different_formats_compute_what_each_alone_does(
     probe = torch.randn_like(wanted) / 10
     grads = [torch.autograd.grad(out, x, probe)[0] for out in (got, wanted)]
     torch.testing.assert_close(*grads)
+    if stored.store is not None:
+        assert 0 < stored.store.resident_bytes <= stored.store.budget
     (tmp_path / "saved").mkdir()
     stored.save_files(tmp_path / "saved")
     assert (tmp_path / "saved" / mixed.path.name).read_bytes() == mixed.path.read_bytes()

@@ -183,3 +183,43 @@ def test_the_error_of_rounding_is_told(release: Path, tmp_path: Path) -> None:
     convert(release, tmp_path / "b", blocks, options=Options(tell_error=told.append))
     assert len(told) == 3 * 4
     assert 0 <= told[-1] < 2**-8
+
+
+def test_progress_of_a_file_that_was_lost_is_forgotten_at_once(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = contents(convert(sharded, tmp_path / "whole", FP4))
+    target, calls = tmp_path / "out", 0
+
+    def interrupt(file: str, done: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(sharded, target, FP4, options=Options(workers=1, progress=interrupt))
+    lost = [path for path in target.glob("*.partial") if read_done(target, path)]
+    assert lost
+    for path in lost:
+        path.unlink()
+    # As if killed between the new file's first byte and its first entry.
+    began = {path.name.removesuffix(".partial") for path in lost}
+
+    def kill(file: str, done: int) -> None:
+        if file in began:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "commit", lambda self: None)
+        with pytest.raises(KeyboardInterrupt):
+            convert(sharded, target, FP4, options=Options(workers=1, progress=kill))
+    convert(sharded, target, FP4)
+    assert contents(target) == wanted
+
+
+def read_done(target: Path, partial: Path) -> dict[str, int]:
+    """What is said to be durable of an unfinished file."""
+    sums = Checksums.load(target)
+    assert sums is not None
+    return sums.done.get(partial.name.removesuffix(".partial"), {})

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import quantize  # noqa: F401
+from modeling_dsv4.cpu.build import find_compiler
 from modeling_dsv4.formats import get_format, hadamard
+from quantize import trellis as trellis_module
 from quantize.bits import unpack_bits
 from quantize.trellis import Trellis, rotate, viterbi, windows
 
@@ -80,6 +82,33 @@ def test_the_search_finds_the_best_of_all_paths(bits: int) -> None:
             if wrong < best:
                 best, path = wrong, (a, b)
         assert tuple(found[:, row].tolist()) == path
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="needs a C compiler")
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize(("rows", "columns"), [(7, 80), (1, 2), (3, 0), (0, 8)])
+def test_the_search_in_c_finds_the_same_path(
+    bits: int, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    y, table = torch.randn(rows, columns), Trellis(bits).table(torch.device("cpu"))
+    state = torch.randint(0, 1024, (rows,))
+    found = viterbi(y, table, bits, state)
+    monkeypatch.setattr(trellis_module, "library", lambda folder: None)
+    wanted = viterbi(y, table, bits, state)
+    if rows:
+        assert torch.equal(found, wanted)
+    assert found.shape == (columns // 2, rows) and found.dtype is torch.int64
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fp4", "int2", "int3", "int4", "trellis2", "trellis3.5"])
+def test_a_gpu_rounds_as_well_and_reads_the_same(name: str) -> None:
+    w, fmt = torch.randn(3, 32, 512), get_format(name)
+    here, there = fmt.pack(w), fmt.pack(w.cuda())
+    wrong = [float((fmt.unpack(p, torch.float32).cpu() - w).square().mean()) for p in (here, there)]
+    assert wrong[1] == pytest.approx(wrong[0], rel=0.01)
+    moved = fmt.unpack({part: x.cpu() for part, x in there.items()}, torch.float32)
+    torch.testing.assert_close(fmt.unpack(there, torch.float32).cpu(), moved, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])

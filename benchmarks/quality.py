@@ -96,7 +96,8 @@ class Instrument:
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for path, module in self.model.named_modules():
-            if isinstance(module, Dsv4Experts):
+            # Draft stages predict nothing here.
+            if isinstance(module, Dsv4Experts) and not path.startswith("mtp."):
                 for e in range(module.num_experts):
                     gate, up = module.gate_up_proj.data[e].chunk(2)
                     yield f"{path}.{e}.gate_proj", gate
@@ -125,7 +126,7 @@ class Instrument:
                 handles.append(module.register_forward_pre_hook(
                     lambda m, args, path=path: add(path, args[0])
                 ))  # fmt: skip
-            elif isinstance(module, Dsv4Experts):
+            elif f"{path}.0.down_proj" in self.weights:
                 handles.append(module.register_forward_pre_hook(
                     lambda m, args, path=path: self._see_experts(add, path, m, *args)
                 ))  # fmt: skip

@@ -112,6 +112,7 @@ def convert(
             help="Remove each shard of SRC once what is made of it is written and read back.",
         ),
     ] = False,
+    device: Annotated[str, typer.Option(help="Rounds experts: cpu, cuda:0, ...")] = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -121,8 +122,10 @@ def convert(
     """
     from . import convert as work
     from .choosing import Wish, settle
+    from .encode import check_device
     from .forecast import forecast
 
+    check_device(device)
     size = parse_size(target_size) if target_size else None
     wish = Wish(recipe, bits, size, calibrate, calibrate_model)
     shard, silent = parse_size(max_shard_size), quiet or as_json
@@ -136,9 +139,11 @@ def convert(
     chosen = settled.recipe
     job = work.plan_job(opened, chosen, shard)
     if not silent:
-        _show_forecast(forecast(opened, job, target, settled.statistics), _errors)
+        _show_forecast(forecast(opened, job, target, settled.statistics, device), _errors)
     with _bar(job.nbytes, silent) as (advance, tell_error):
-        options = work.Options(delete_source_shards, progress=advance, tell_error=tell_error)
+        options = work.Options(
+            delete_source_shards, progress=advance, tell_error=tell_error, device=device
+        )
         work.convert(source, target, chosen, shard, None, options, settled.statistics, settled.wish)
     if as_json:
         data = {"target": str(target), "recipe": chosen.to_dict(), "bytes": job.nbytes}

@@ -49,7 +49,7 @@ _MOMENTS = 6
 
 @dataclass(frozen=True)
 class Options:
-    """How a conversion is run; nothing of it changes a byte of the result.
+    """How a conversion is run; nothing but the device can change a byte of the result.
 
     Attributes:
         delete_source_shards: remove each shard of the source once all that is made of it is
@@ -57,12 +57,15 @@ class Options:
         workers: items made at a time; None is as many as cores and memory allow.
         progress: called with (file, bytes finished) as work goes on, by any thread but one by one.
         tell_error: called with the relative squared error of what was rounded so far.
+        device: that experts are rounded on. Another device adds in another order, which can tip a
+            choice between two codes that are equally good.
     """
 
     delete_source_shards: bool = False
     workers: int | None = None
     progress: Progress | None = None
     tell_error: Callable[[float], None] | None = None
+    device: str = "cpu"
 
 
 def convert(
@@ -213,7 +216,7 @@ def _run(source: Source, target: Target, options: Options, statistics: Statistic
     steps = job.steps(source.shards)
     last = last_uses(steps)
     told = _Told(options)
-    make = partial(_make, source, target, told, statistics)
+    make = partial(_make, source, target, told, statistics, options.device)
     for name in job.files:
         if done := target.done_bytes(name):
             told.progress(name, done)
@@ -257,15 +260,21 @@ def _run_items(
 
 
 def _make(
-    source: Source, target: Target, told: "_Told", statistics: Statistics | None, item: Item
+    source: Source,
+    target: Target,
+    told: "_Told",
+    statistics: Statistics | None,
+    device: str,
+    item: Item,
 ) -> int:
     """Make and write one item; returns its checksum."""
     pack = target.job.files[item.file].pack
     if pack is not None:
         experts, layout = pack
         expert = int(item.key)
-        scratch = told.scratch(layout.of(expert))
-        made = encode_expert(source, experts, expert, layout.of(expert), statistics, scratch)
+        kind = layout.of(expert)
+        scratch = told.scratch(kind)
+        made = encode_expert(source, experts, expert, kind, statistics, device, scratch)
         raw = made.record.numpy().data
         target.write(item, raw)
         told.rounded(made.error, made.power)

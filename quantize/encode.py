@@ -39,12 +39,29 @@ def keeps_bytes(experts: ExpertsSource, layout: RecordLayout, projection: str) -
     return held is not None and held.name == layout.format(projection)
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ValueError: an unknown name, or a device that this machine does not have.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device: wanted a device of this machine, such as cpu or cuda:0, got {device!r} "
+            f"({reason})"
+        ) from error
+
+
 def encode_expert(
     source: Source,
     experts: ExpertsSource,
     expert: int,
     layout: RecordLayout,
     statistics: Statistics | None = None,
+    device: str = "cpu",
     into: torch.Tensor | None = None,
 ) -> Encoded:
     """Make one expert's record.
@@ -58,6 +75,7 @@ def encode_expert(
         expert: its number.
         layout: of its record.
         statistics: second moments of what an expert's projection is fed with, or None.
+        device: that computes; what it reads and gives is on the CPU.
         into: a record of the same layout to write over, which saves the system its pages.
     """
     record = torch.zeros(layout.nbytes, dtype=torch.uint8) if into is None else into
@@ -69,10 +87,10 @@ def encode_expert(
         if keeps_bytes(experts, layout, projection):
             _read_parts(source, places, views[projection])
             continue
-        weight = _read_weight(source, experts.weight_format, places)
+        weight = _read_weight(source, experts.weight_format, places, device)
         wanted = get_format(layout.format(projection))
         second = statistics(experts.name, expert, projection) if statistics else None
-        packed = quantize_weight(weight, wanted, second)
+        packed = quantize_weight(weight, wanted, None if second is None else second.to(device))
         for part, tensor in packed.items():
             raw = tensor.contiguous().view(torch.uint8)
             views[projection][part].view(torch.uint8).copy_(raw)
@@ -92,13 +110,13 @@ def _read_parts(
 
 
 def _read_weight(
-    source: Source, held: WeightFormat | None, places: dict[str, list[Slice]]
+    source: Source, held: WeightFormat | None, places: dict[str, list[Slice]], device: str
 ) -> torch.Tensor:
     """Read a projection as numbers: [2, F, D] or [D, F] float32."""
     parts = {}
     for part, found in places.items():
         read = [source.read(place) for place in found]
-        parts[part] = torch.stack(read) if len(read) > 1 else read[0]
+        parts[part] = (torch.stack(read) if len(read) > 1 else read[0]).to(device)
     return parts[""].float() if held is None else held.unpack(parts, torch.float32)
 
 

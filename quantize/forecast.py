@@ -56,13 +56,17 @@ class Forecast:
 
 
 def forecast(
-    source: Source, job: Job, target: Path, statistics: Statistics | None = None
+    source: Source,
+    job: Job,
+    target: Path,
+    statistics: Statistics | None = None,
+    device: str = "cpu",
 ) -> Forecast:
-    """Add up headers, and try an expert of each kind."""
+    """Add up headers, and try an expert of each kind on the device that will round."""
     where = next(path for path in (target, *target.absolute().parents) if path.is_dir())
     parts = (*_expert_parts(source, job), *_dense_parts(source, job))
     disk, free = space_wanted(source, job), shutil.disk_usage(where).free
-    return Forecast(parts, disk, free, _seconds(source, job, where, statistics))
+    return Forecast(parts, disk, free, _seconds(source, job, where, statistics, device))
 
 
 def _expert_parts(source: Source, job: Job) -> list[Part]:
@@ -104,7 +108,9 @@ def _stored(weight: str) -> tuple[str, ...]:
     return weight, scale_name(weight)
 
 
-def _seconds(source: Source, job: Job, where: Path, statistics: Statistics | None) -> float | None:
+def _seconds(
+    source: Source, job: Job, where: Path, statistics: Statistics | None, device: str
+) -> float | None:
     counts: Counter[str] = Counter()
     example = {}
     for experts, pack in job.packs.values():
@@ -118,7 +124,7 @@ def _seconds(source: Source, job: Job, where: Path, statistics: Statistics | Non
     encoding = 0.0
     for kind, (experts, e, layout) in example.items():
         start = time.perf_counter()
-        encode_expert(source, experts, e, layout, statistics)
+        encode_expert(source, experts, e, layout, statistics, device)
         encoding += counts[kind] * (time.perf_counter() - start)
     return max(
         encoding / count_workers(source, job, statistics is not None),

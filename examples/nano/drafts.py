@@ -155,6 +155,31 @@ def measure(
     return {"held_out": found}
 
 
+_TITLE = "## Draft head"
+
+
+def section(found: dict[str, Any]) -> str:
+    """The model card's part about the head."""
+    recipe, minutes = found["recipe"], found["seconds"] / 60
+    lines = [
+        _TITLE,
+        "",
+        "A DSpark head of two stages with four experts each, trained beside the frozen backbone by "
+        f"`python examples/train_draft.py`: {recipe['steps']} steps of {recipe['rows']} x "
+        f"{recipe['length']} tokens, {minutes:.0f} minutes on {found['threads']} thread(s). Of its "
+        "guesses behind held-out text these are what the backbone prefers, by place in the block; "
+        "below each the head's mean confidence.",
+        "",
+        "| | " + " | ".join(str(i + 1) for i in range(5)) + " |",
+        "|---" * 6 + "|",
+    ]
+    for name, domain in found["held_out"].items():
+        for key in ("agreed", "sure"):
+            cells = " | ".join(f"{100 * share:.0f} %" for share in domain[key])
+            lines.append(f"| {name}, {key} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
 MAIN, HEAD = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
 
 
@@ -184,3 +209,7 @@ def write_head(model: Dsv4ForCausalLM, folder: Path, found: dict[str, Any]) -> N
     text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
     file.write_text(text, encoding="utf-8")
     (folder / "draft.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if found:
+        card = folder / "README.md"
+        before = card.read_text(encoding="utf-8").partition(_TITLE)[0].rstrip("\n")
+        card.write_text(f"{before}\n\n{section(found)}", encoding="utf-8")

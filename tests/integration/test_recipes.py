@@ -115,6 +115,22 @@ def test_every_named_recipe_comes_back(
     comes_back(converted(folder, quantize.get_recipe(recipe)), tmp_path)
 
 
+def test_bitsandbytes_numbers_come_back_in_head_and_embedding(
+    tiny_v4: Path, converted: Callable[..., Path], tmp_path: Path
+) -> None:
+    rules = (
+        ("lm_head.weight", "nf4"),
+        ("model.embed_tokens.weight", "int8_bnb"),
+        ("*.mlp.experts.*", "fp4"),
+    )
+    directory = converted(tiny_v4, quantize.Recipe("nf4-head", rules))
+    comes_back(directory, tmp_path)
+    head = load(directory).lm_head
+    wide = load(tiny_v4).lm_head.weight
+    kept = formats.get_format("nf4").pack(wide)
+    assert all(torch.equal(head.parts()[k], kept[k]) for k in kept)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_widened_experts_are_what_the_format_holds(
     tiny_v4: Path, converted: Callable[..., Path], name: str

@@ -60,6 +60,13 @@ def test_convert_then_verify(run, release: Path, tmp_path: Path) -> None:
     assert (code, "files are as they were written" in out) == (0, True)
 
 
+def test_a_device_that_is_not_there_is_refused(run, release: Path, tmp_path: Path) -> None:
+    code, _, err = run("convert", release, tmp_path / "out", "--recipe", "q2", "--device", "gpu7")
+    assert code == 1
+    assert "wanted a device of this machine, such as cpu or cuda:0, got 'gpu7'" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_quiet_says_nothing(run, release: Path, tmp_path: Path) -> None:
     assert run("convert", release, tmp_path / "out", "--quiet") == (0, "", "")
     assert run("verify", tmp_path / "out", "--quiet") == (0, "", "")

@@ -79,7 +79,7 @@ def test_one_changed_layer_errs_alone_and_the_later_ones_drift(
     reference = filled(model, rows, tmp_path)
     other = copy.deepcopy(model)
     with torch.no_grad():
-        other.model.layers[changed].mlp.experts.down_proj.mul_(1.5)
+        other.model.layers[changed].self_attn.o_b_proj.weight.mul_(1.5)
     found = compare(other, reference)
     assert [i for i, error in enumerate(found.layer_error) if error > 1e-6] == [changed]
     assert [i for i, error in enumerate(found.layer_drift) if error > 1e-6] == list(

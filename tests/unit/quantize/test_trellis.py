@@ -99,6 +99,17 @@ def test_the_search_in_c_finds_the_same_path(
     assert found.shape == (columns // 2, rows) and found.dtype is torch.int64
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fp4", "int2", "int3", "int4", "trellis2", "trellis3.5"])
+def test_a_gpu_rounds_as_well_and_reads_the_same(name: str) -> None:
+    w, fmt = torch.randn(3, 32, 512), get_format(name)
+    here, there = fmt.pack(w), fmt.pack(w.cuda())
+    wrong = [float((fmt.unpack(p, torch.float32).cpu() - w).square().mean()) for p in (here, there)]
+    assert wrong[1] == pytest.approx(wrong[0], rel=0.01)
+    moved = fmt.unpack({part: x.cpu() for part, x in there.items()}, torch.float32)
+    torch.testing.assert_close(fmt.unpack(there, torch.float32).cpu(), moved, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
 def test_what_a_stream_stands_for_is_found_again(bits: int) -> None:
     trellis = Trellis(bits)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from .encode import Statistics, encode_expert, keeps_bytes
 from .hub import HubOrigin, is_repository
 from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, peak_disk, plan_job
 from .origin import STAGING, LocalOrigin
-from .pack import PROJECTIONS
+from .pack import PROJECTIONS, RecordLayout
 from .sizes import format_size
 from .source import Source, small_files
 from .target import Target, sync_directory
@@ -272,7 +272,9 @@ def _make(
     if pack is not None:
         experts, layout = pack
         expert = int(item.key)
-        made = encode_expert(source, experts, expert, layout.of(expert), statistics, device)
+        kind = layout.of(expert)
+        scratch = told.scratch(kind)
+        made = encode_expert(source, experts, expert, kind, statistics, device, scratch)
         raw = made.record.numpy().data
         target.write(item, raw)
         told.rounded(made.error, made.power)
@@ -328,12 +330,20 @@ def count_workers(source: Source, job: Job, calibrated: bool = False) -> int:
 
 
 class _Told:
-    """Progress from many threads, told one by one."""
+    """What threads share: progress, told one by one; and what each keeps, its last record."""
 
     def __init__(self, options: Options) -> None:
+        self._own = local()
         self._options = options
         self._lock = Lock()
         self._error = self._power = 0.0
+
+    def scratch(self, layout: RecordLayout) -> torch.Tensor:
+        """This thread's record, zeros where a layout has no field."""
+        if getattr(self._own, "layout", None) != layout:
+            self._own.layout = layout
+            self._own.record = torch.zeros(layout.nbytes, dtype=torch.uint8)
+        return self._own.record
 
     def progress(self, file: str, done: int) -> None:
         if self._options.progress is not None:

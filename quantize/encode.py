@@ -62,6 +62,7 @@ def encode_expert(
     layout: RecordLayout,
     statistics: Statistics | None = None,
     device: str = "cpu",
+    into: torch.Tensor | None = None,
 ) -> Encoded:
     """Make one expert's record.
 
@@ -75,8 +76,9 @@ def encode_expert(
         layout: of its record.
         statistics: second moments of what an expert's projection is fed with, or None.
         device: that computes; what it reads and gives is on the CPU.
+        into: a record of the same layout to write over, which saves the system its pages.
     """
-    record = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    record = torch.zeros(layout.nbytes, dtype=torch.uint8) if into is None else into
     views = layout.decode(record)
     slices = source.expert_slices(experts.name, expert)
     error = power = 0.0

@@ -18,8 +18,6 @@ from .job import Item, Job, TargetFile
 from .pack import PackFile, pack_trailer, write_exactly
 
 _COMMIT_SECONDS = 20.0
-# Of one file, bytes that may wait for the disk; the sync that ends a file is then short.
-_MOST_DIRTY = 1 << 27
 
 
 class Target:
@@ -38,7 +36,6 @@ class Target:
         self._descriptors: dict[str, int] = {}
         self._touched: set[str] = set()
         self._lock = Lock()
-        self._dirty: dict[str, int] = {}
         self._committed = time.monotonic()
         for name, file in job.files.items():
             self._recover(name, file)
@@ -56,16 +53,7 @@ class Target:
 
     def write(self, item: Item, view: memoryview, skip: int = 0) -> None:
         """Write bytes of an item from `skip` on; any thread may."""
-        descriptor = self._descriptor(item.file)
-        write_exactly(descriptor, view, item.start + skip)
-        with self._lock:
-            self._dirty[item.file] = self._dirty.get(item.file, 0) + len(view)
-            full = self._dirty[item.file] > _MOST_DIRTY
-            if full:
-                self._dirty[item.file] = 0
-        if full:
-            # One thread waits here while the others go on.
-            os.fsync(descriptor)
+        write_exactly(self._descriptor(item.file), view, item.start + skip)
 
     def finish(self, item: Item, checksum: int) -> None:
         """Hear that all bytes of an item are written; makes them durable from time to time."""

@@ -457,10 +457,7 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, Dsv4Generation, GenerationMixin):
                 f"logits_to_keep: wanted 0 (all), a number or indices, got {logits_to_keep}"
             )
         others = (inputs_embeds, labels, token_types, *kwargs.values())
-        alone = use_cache is not False and all(x is None for x in others)
-        # A repeated step does not write what a draft head keeps.
-        drafting = isinstance(past_key_values, Dsv4Cache) and past_key_values.drafts.on
-        if self._step is not None and alone and not drafting:
+        if self._step is not None and use_cache is not False and all(x is None for x in others):
             want = Wanted.of(
                 self.config, output_hidden_states, output_attentions, output_router_logits
             )

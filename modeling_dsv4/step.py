@@ -54,6 +54,8 @@ def is_step(cache: object, x: torch.Tensor | None) -> bool:
         and isinstance(cache, Dsv4Cache)
         and cache.is_static
         and cache.is_initialized
+        # A repeated step does not write what a draft head keeps.
+        and not cache.drafts.on
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )

@@ -42,8 +42,6 @@ SIZES, QUICK_SIZES = (1024, 8192, 32768), (1024,)
 # The compiler reads a step twice, the second time for any number of columns.
 WARM_UP, STEPS = 4, 24
 PREFILL = 2048
-# The whole step in C++: between its operations no Python runs.
-COMPILE: dict[str, Any] = {"fullgraph": True, "options": {"cpp_wrapper": True}}
 # Promises: so many times as fast from this length on; logits deviate by 0.3 and agree to this.
 FASTER, FASTER_FROM, SAME = 5.0, 8192, 2e-4
 OURS = ("dynamic", "static", "compiled")
@@ -86,7 +84,6 @@ def measure_ours(directory: Path, sizes: Sequence[int], threads: int, compiled: 
 
     quiet(threads)
     model, runs = load("ours", directory), {}
-    step = torch.compile(model, **COMPILE)
     for tokens in sizes:
         ids = tokens_of(model, tokens + WARM_UP + STEPS)
         last, run = {}, Decoding()
@@ -97,8 +94,8 @@ def measure_ours(directory: Path, sizes: Sequence[int], threads: int, compiled: 
         if compiled:
             caches.append(deepcopy(caches[1]))
         for kind, cache in zip(OURS, caches, strict=False):
-            way = step if kind == "compiled" else model
-            seconds, last[kind] = decode(way, ids[:, tokens:], cache)
+            model.set_step("compiled" if kind == "compiled" else "eager")
+            seconds, last[kind] = decode(model, ids[:, tokens:], cache)
             run.ms[kind] = 1000 * statistics.median(seconds[WARM_UP:])
             if kind == "compiled":
                 run.compiling = sum(seconds[:WARM_UP])

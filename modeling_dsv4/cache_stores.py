@@ -163,7 +163,8 @@ class Rows:
         else:
             out = self.data
         self.data[batch, to] = new.detach()
-        self.length = capacity if step else max(int((start + count).max()), 1)
+        # Asked of the memory, whose shape a compiler may take for granted; a number it may not.
+        self.length = self.data.shape[1] - 1 if step else max(int((start + count).max()), 1)
         return new if before is None and not step else out[:, : self.length]
 
     def _hold(self, new: torch.Tensor) -> None:

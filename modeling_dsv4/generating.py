@@ -15,6 +15,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from .cache import Dsv4Cache
 from .configuration_dsv4 import Dsv4Config
 from .drafting import check_settings, decode_with_drafts
+from .moe import Dsv4Experts, ExpertsBase
 from .step import OneColumn, make_step
 
 if TYPE_CHECKING:
@@ -41,8 +42,16 @@ class Dsv4Generation(GenerationMixin):
         cache_implementation="static")`; all other passes run eagerly. A run-time switch, not saved.
 
         Raises:
-            ValueError: an unknown mode, or "captured" without a CUDA device.
+            ValueError: an unknown mode, "captured" without a CUDA device, or experts that are
+                packed, on disk or adapted: which of them a token hits must be known on the host.
         """
+        others = {type(m).__name__ for m in self.modules() if isinstance(m, ExpertsBase)}
+        others -= {Dsv4Experts.__name__}
+        if mode != "eager" and others:
+            raise ValueError(
+                f"set_step: {mode!r} wants plain experts, got {', '.join(sorted(others))}; load "
+                'the model with dequantize=True where that fits, or stay with "eager"'
+            )
         self._step = make_step(mode, self._one_column)
 
     def _one_column(

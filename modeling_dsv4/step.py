@@ -43,7 +43,7 @@ def make_step(mode: str, one_column: OneColumn) -> OneColumn | None:
     check_mode(mode)
     if mode == "eager":
         return None
-    return torch.compile(one_column, **COMPILE) if mode == "compiled" else Captured(one_column)
+    return (Compiled if mode == "compiled" else Captured)(one_column)
 
 
 def is_step(cache: object, x: torch.Tensor | None) -> bool:
@@ -59,6 +59,29 @@ def is_step(cache: object, x: torch.Tensor | None) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
+
+
+class Compiled:
+    """Compile `one_column`, anew for a cache of another length: no length is a symbol."""
+
+    def __init__(self, one_column: OneColumn) -> None:
+        self.step = torch.compile(one_column, **COMPILE)
+        self.marked: WeakKeyDictionary[Dsv4Cache, tuple[int, ...]] = WeakKeyDictionary()
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        cache: Dsv4Cache,
+    ) -> torch.Tensor:
+        held = [store.data for _, store in cache.named_stores() if store.data is not None]
+        places = tuple(x.data_ptr() for x in held)
+        if self.marked.get(cache) != places:
+            for x in held:
+                torch._dynamo.mark_static(x)
+            self.marked[cache] = places
+        return self.step(ids, mask, positions, cache)
 
 
 @dataclass

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modeling_dsv4 import Dsv4Cache, step
+from modeling_dsv4.moe import ExpertsBase
 
 CUDA = [pytest.param("cuda", marks=pytest.mark.gpu)]
 KIND = {"num_hidden_layers": 3, "compress_ratios": [0, 4, 8]}
@@ -106,6 +107,25 @@ def test_generate_takes_the_step_with_a_static_cache_alone(
     assert len(asked) == 8
 
 
+def test_another_length_of_the_cache_is_traced_anew(
+    model: Any, traced: list[torch.fx.GraphModule]
+) -> None:
+    ids = _ids(1, 60)
+    model.set_step("compiled")
+    for length in (LENGTH, 60, 52):
+        found = []
+        for way in ("eager", "compiled"):
+            model.set_step(way) if way == "eager" else None
+            cache = Dsv4Cache(model.config, max_rewind=5, max_length=length)
+            with torch.no_grad():
+                model(ids[:, :PROMPT], past_key_values=cache)
+            found.append(_decode(model, ids[:, PROMPT : PROMPT + 4], cache))
+            model.set_step("compiled")
+        torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+    # No length of a cache is a symbol: twice for each of them at most, and the same code as alone.
+    assert len(traced) <= 6
+
+
 @pytest.mark.usefixtures("traced")
 def test_a_step_can_be_taken_back(model: Any) -> None:
     ids, cache = _ids(1), _cache(model)
@@ -124,6 +144,16 @@ def test_modes_are_checked(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="needs a CUDA device"):
         model.set_step("captured")
+
+
+def test_experts_that_the_host_must_ask_for_are_refused(model: Any) -> None:
+    class Packed(ExpertsBase):
+        pass
+
+    model.model.layers[0].mlp.experts = Packed(4, 8, 8, None)
+    with pytest.raises(ValueError, match="'compiled' wants plain experts, got Packed"):
+        model.set_step("compiled")
+    model.set_step("eager")
 
 
 @pytest.mark.slow

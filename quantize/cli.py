@@ -345,7 +345,7 @@ def _plan_table(plan: Plan) -> Table:
             )
     for name, size in (("draft heads", sizes.draft), ("vision", sizes.vision)):
         if size:
-            table.add_row(name, format_size(size), "", "carried, not used")
+            table.add_row(name, format_size(size), "", "not counted")
     return table
 
 

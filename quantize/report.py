@@ -337,19 +337,27 @@ def import_pyplot() -> Any:
 def draw(series: dict[str, list[Point]], path: Path, title: str, floor: float) -> None:
     """Draw series of points, KLD on a logarithmic axis; exact zeros stand on its lower edge."""
     pyplot = import_pyplot()
-    positive = [p.kld for points in series.values() for p in points if p.kld > 0]
-    edge = min([*positive, floor if floor > 0 else math.inf, 1.0]) / 4
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    klds = [p.kld for points in series.values() for p in points if p.kld > 0] or [floor or 1.0]
+    # A floor far below all points would press them into a line.
+    shows_floor = 0 < floor >= min(klds) / 100
+    edge = min([*klds, floor if shows_floor else math.inf]) / 2
+    figure, axes = pyplot.subplots(figsize=(9, 6))
     for label, points in series.items():
-        ordered = sorted(points, key=lambda p: p.bits)
-        axes.plot([p.bits for p in ordered], [max(p.kld, edge) for p in ordered],
-                  "o", label=label or None)  # fmt: skip
-        for p in ordered:
+        ordered = sorted(points, key=lambda p: (p.bits, p.kld))
+        (dots,) = axes.plot([p.bits for p in ordered], [max(p.kld, edge) for p in ordered],
+                            "o", label=label or None, markersize=4)  # fmt: skip
+        best = _frontier(ordered)
+        axes.plot([p.bits for p in best], [max(p.kld, edge) for p in best],
+                  color=dots.get_color(), linewidth=1)  # fmt: skip
+        for p in best:
             told = p.name if p.kld > 0 else f"{p.name} (exactly 0)"
-            axes.annotate(told, (p.bits, max(p.kld, edge)), fontsize=7,
-                          xytext=(4, 3), textcoords="offset points")  # fmt: skip
-    if floor > 0:
+            axes.annotate(told, (p.bits, max(p.kld, edge)), fontsize=6, rotation=20,
+                          color=dots.get_color(), xytext=(3, 3),
+                          textcoords="offset points")  # fmt: skip
+    if shows_floor:
         axes.axhline(floor, linestyle=":", color="gray", label="source against itself")
+    elif floor > 0:
+        title = f"{title} (source against itself: {floor:.0e})"
     axes.set_yscale("log")
     axes.set(xlabel="bits per weight", ylabel="mean KLD to the source, nats", title=title)
     if axes.get_legend_handles_labels()[0]:
@@ -360,6 +368,15 @@ def draw(series: dict[str, list[Point]], path: Path, title: str, floor: float) -
         figure.savefig(path.with_suffix(f".{kind}"), dpi=150,
                        metadata={"Date": None} if kind == "svg" else {})  # fmt: skip
     pyplot.close(figure)
+
+
+def _frontier(ordered: Sequence[Point]) -> list[Point]:
+    """Points, by bits, that nothing of fewer bits in their series equals."""
+    best: list[Point] = []
+    for p in ordered:
+        if not best or p.kld < best[-1].kld:
+            best.append(p)
+    return best
 
 
 def write(found: Report, output: Path, with_plot: bool = True) -> None:

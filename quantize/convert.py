@@ -221,6 +221,7 @@ def _run(source: Source, target: Target, options: Options, statistics: Statistic
         if done := target.done_bytes(name):
             told.progress(name, done)
     workers = options.workers or count_workers(source, job, statistics is not None)
+    unchecked: list[Item] = []
     for number, items in enumerate(steps):
         todo = [item for item in items if not target.is_done(item)]
         for shard in sorted({shard for item in todo for shard in item.needs}):
@@ -229,9 +230,12 @@ def _run(source: Source, target: Target, options: Options, statistics: Statistic
             _run_items(make, target, todo, workers)
         finally:
             target.commit()
+        unchecked += items
         leaving = [s for s in source.shards if last.get(s, 0) == number and origin.holds(s)]
         if leaving and not origin.keeps:
-            target.check(items)
+            # Of a shard that goes, some may have been made in earlier steps, or in earlier runs.
+            target.check(unchecked)
+            unchecked = []
             for shard in leaving:
                 origin.release(shard)
 

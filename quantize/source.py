@@ -111,7 +111,7 @@ class Source:
 
     @property
     def fingerprint(self) -> int:
-        """Changes when the source's names, shapes, files or configuration do."""
+        """Changes when names, shapes, files or configuration do; the origin tells contents."""
         headers = sorted((n, i.dtype, i.shape, i.start) for n, i in self._info.items())
         sizes = sorted(self.origin.sizes.items())
         return zlib.crc32(json.dumps([headers, sizes, self.config.to_dict()], default=str).encode())

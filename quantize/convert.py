@@ -26,7 +26,7 @@ import torch
 from modeling_dsv4.configuration_dsv4 import Dsv4Config
 from modeling_dsv4.safetensors_file import INDEX
 
-from .checksums import Checksums, write_text
+from .checksums import Checksums, copy_file, write_text
 from .config import METHOD, Recipe
 from .dense import DensePart, part_tiles
 from .encode import Statistics, encode_expert, keeps_bytes
@@ -105,6 +105,8 @@ def convert(
     identity = {"wish": dict(wish)} if wish else {}
     sums = _open_sums(opened, target, recipe, max_shard_size, identity)
     _check_space(opened, job, sums, target)
+    # What was whole once may have been damaged since.
+    sums.complete = sums.complete and all(sums.has(target / name) for name in sums.files)
     opened.origin.prepare()
     with _full_disk_explained(target):
         files = Target(target, job, sums)
@@ -369,9 +371,7 @@ def _write_small_files(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_text(target / INDEX, json.dumps(index, indent=1))
     for path in small_files(source.directory):
-        beside = target / f"{path.name}.tmp"
-        shutil.copyfile(path, beside)
-        beside.replace(target / path.name)
+        copy_file(path, target / path.name)
         sums.add(target / path.name)
     write_text(target / "config.json", config.to_json_string(use_diff=False))
     for name in (INDEX, "config.json"):

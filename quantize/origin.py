@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from modeling_dsv4.safetensors_file import TensorInfo, read_header, read_index
+from modeling_dsv4.safetensors_file import INDEX, SINGLE, TensorInfo, read_header, read_index
 
 from .checksums import write_text
 
@@ -93,7 +93,7 @@ class LocalOrigin:
     @property
     def identity(self) -> dict[str, Any]:
         """What is in the shards, not where they are: a directory may be moved."""
-        return {"shards": self._samples}
+        return {"config": _config_checksum(self.directory), "shards": self._samples}
 
     @cached_property
     def _samples(self) -> dict[str, int]:
@@ -130,6 +130,21 @@ class LocalOrigin:
 
     def _path(self, shard: str) -> Path:
         return self.directory / shard
+
+
+def remains(directory: Path) -> dict[str, Any]:
+    """What `LocalOrigin.identity` was, as far as is left of it: shards that are gone are None."""
+    names = {SINGLE}
+    if (directory / INDEX).is_file():
+        names = {path.name for path in read_index(directory, present=False).values()}
+    paths = [directory / name for name in sorted(names)]
+    shards = {p.name: sample(p, read_header(p)) if p.is_file() else None for p in paths}
+    return {"config": _config_checksum(directory), "shards": shards}
+
+
+def _config_checksum(directory: Path) -> int:
+    data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
 
 
 def sample(path: Path, header: Header) -> int:

@@ -2,6 +2,7 @@
 """A conversion survives stops, full disks and lost shards, and may eat its source safely."""
 
 import errno
+import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -292,3 +293,31 @@ def test_a_shard_stays_if_what_an_earlier_step_made_is_wrong(
     with pytest.raises(ValueError, match="is not what was written; the disk is failing"):
         convert(sharded, tmp_path / "out", FP4, options=Options(delete_source_shards=True))
     assert len(list(sharded.glob("model-*.safetensors"))) == 4
+
+
+@pytest.mark.parametrize("what", ["weights", "shard", "config", "recipe", "wish", "size"])
+def test_a_finished_target_whose_source_is_gone_is_not_that_of_anything_else(
+    sharded: Path, tmp_path: Path, what: str
+) -> None:
+    other = retrained(sharded, tmp_path / "other")
+    options = Options(delete_source_shards=True)
+    target = convert(sharded, tmp_path / "out", FP4, options=options)
+    assert convert(sharded, target, FP4, options=options) == target
+    source, recipe, wish, size = sharded, FP4, None, 5 * 10**9
+    if what in ("weights", "shard"):
+        source = other
+        if what == "shard":
+            (other / "model-00002-of-00004.safetensors").unlink()
+    elif what == "config":
+        config = json.loads((sharded / "config.json").read_text())
+        (sharded / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
+    elif what == "recipe":
+        recipe = Recipe("fp4", (("*.mlp.experts.*", "fp8_block32"),))
+    elif what == "wish":
+        wish = {"recipe": "fp4", "bits": 3.0}
+    else:
+        size = 300_000
+    left = contents(other)
+    with pytest.raises(ValueError, match="another source or with other options"):
+        convert(source, target, recipe, size, options=options, wish=wish)
+    assert contents(other) == left

@@ -35,7 +35,7 @@ from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, peak_disk, pl
 from .origin import STAGING, LocalOrigin, remains
 from .pack import PROJECTIONS, RecordLayout
 from .sizes import format_size
-from .source import Source, small_files
+from .source import Source, small_bytes, small_files
 from .target import Target, sync_directory
 
 Progress = Callable[[str, int], None]
@@ -236,7 +236,8 @@ def _check_space(source: Source, job: Job, sums: Checksums, target: Path) -> Non
 def space_wanted(source: Source, job: Job) -> int:
     """Bytes of free disk that a conversion wants at most."""
     origin = source.origin
-    return peak_disk(job, origin.sizes, origin.fetched, not origin.keeps and not origin.fetched)
+    peak = peak_disk(job, origin.sizes, origin.fetched, not origin.keeps and not origin.fetched)
+    return peak + small_bytes(source.directory)
 
 
 def _run(source: Source, target: Target, options: Options, statistics: Statistics | None) -> None:

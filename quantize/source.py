@@ -283,6 +283,11 @@ def small_files(directory: Path) -> Iterator[Path]:
             yield path
 
 
+def small_bytes(directory: Path) -> int:
+    """Bytes of a model's small files; a tokenizer alone may have many megabytes."""
+    return sum(path.stat().st_size for path in small_files(directory))
+
+
 def _fits(info: TensorInfo, entry: Entry) -> bool:
     dtype, shape = entry
     # A plain tensor may have been saved in another float type; a code or a scale may not.

@@ -8,11 +8,13 @@ of its own content, so that no byte of it can change unnoticed either.
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from modeling_dsv4.safetensors_file import read_header
 
@@ -66,6 +68,8 @@ class Checksums:
             if _seal({k: v for k, v in data.items() if k != "crc32"}) != text:
                 raise ValueError("it does not have its own checksum")
             files = {name: FileSums(**sums) for name, sums in data["files"].items()}
+            if outside := [n for n in files if Path(n).name != n or n in ("", "..")]:
+                raise ValueError(f"{outside[0]!r} is no plain file name")
             return cls(data["job"], bool(data["complete"]), files, data["done"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -100,10 +104,23 @@ def _seal(data: dict[str, Any]) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
+    with _whole(path) as file:
+        file.write(text.encode())
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a small file whole or not at all."""
+    with source.open("rb") as read, _whole(path) as file:
+        shutil.copyfileobj(read, file)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name once all of it is durable."""
     beside = path.with_name(path.name + ".tmp")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
     except OSError:

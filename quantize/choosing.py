@@ -23,7 +23,7 @@ from .encode import Statistics
 from .job import plan_job
 from .origin import STAGING
 from .sizes import format_size
-from .source import Source
+from .source import Source, small_bytes
 
 _CALIBRATION = "calibration.safetensors"
 _CHOICE = "choice.json"
@@ -161,8 +161,9 @@ def _budget(wish: Wish, source: Source) -> int:
     assert wish.target_size is not None
     job = plan_job(source, get_recipe("fp4"))
     records = sum(layout.nbytes for _, layout in job.packs.values())
-    # What is no record stays as large whatever the recipe; a megabyte covers the small files.
-    return wish.target_size - (job.nbytes - records) - 2**20
+    # What is no record stays as large whatever the recipe; a megabyte covers what is written last.
+    rest = job.nbytes - records + small_bytes(source.directory) + 2**20
+    return wish.target_size - rest
 
 
 def _one_by_one(calibration: Calibration) -> Statistics:

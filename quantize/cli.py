@@ -122,6 +122,7 @@ def convert(
     """
     from . import convert as work
     from .choosing import Wish, settle
+    from .config import get_recipe
     from .encode import check_device
     from .forecast import forecast
 
@@ -130,7 +131,8 @@ def convert(
     wish = Wish(recipe, bits, size, calibrate, calibrate_model)
     shard, silent = parse_size(max_shard_size), quiet or as_json
     tell = _errors.print if not silent else None
-    opened = work.open_source(source, target, recipe, shard, delete_source_shards)
+    named, asked = (get_recipe(recipe), None) if wish.plain else (None, wish.to_dict())
+    opened = work.open_source(source, target, named, shard, delete_source_shards, asked)
     if opened is None:
         if not quiet:
             typer.echo(json.dumps({"target": str(target)}) if as_json else f"{target}: complete")

@@ -26,16 +26,16 @@ import torch
 from modeling_dsv4.configuration_dsv4 import Dsv4Config
 from modeling_dsv4.safetensors_file import INDEX
 
-from .checksums import Checksums, write_text
+from .checksums import Checksums, copy_file, write_text
 from .config import METHOD, Recipe
 from .dense import DensePart, part_tiles
 from .encode import Statistics, encode_expert, keeps_bytes
 from .hub import HubOrigin, is_repository
 from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, peak_disk, plan_job
-from .origin import STAGING, LocalOrigin
+from .origin import STAGING, LocalOrigin, remains
 from .pack import PROJECTIONS, RecordLayout
 from .sizes import format_size
-from .source import Source, small_files
+from .source import Source, small_bytes, small_files
 from .target import Target, sync_directory
 
 Progress = Callable[[str, int], None]
@@ -97,7 +97,7 @@ def convert(
     target = Path(target)
     options = options or Options(progress=progress)
     deleted = options.delete_source_shards
-    opened = open_source(source, target, recipe.name, max_shard_size, deleted)
+    opened = open_source(source, target, recipe, max_shard_size, deleted, wish)
     if opened is None:
         shutil.rmtree(target / STAGING, ignore_errors=True)
         return target
@@ -105,6 +105,8 @@ def convert(
     identity = {"wish": dict(wish)} if wish else {}
     sums = _open_sums(opened, target, recipe, max_shard_size, identity)
     _check_space(opened, job, sums, target)
+    # What was whole once may have been damaged since.
+    sums.complete = sums.complete and all(sums.has(target / name) for name in sums.files)
     opened.origin.prepare()
     with _full_disk_explained(target):
         files = Target(target, job, sums)
@@ -120,23 +122,39 @@ def convert(
 
 
 def open_source(
-    source: str | Path, target: Path, recipe: str, max_shard_size: int, delete: bool = False
+    source: str | Path,
+    target: Path,
+    recipe: Recipe | None,
+    max_shard_size: int,
+    delete: bool = False,
+    wish: Mapping[str, Any] | None = None,
 ) -> Source | None:
     """Open what is to be converted; None if that is done, and the source gone.
 
     Args:
         source: a directory, or OWNER/NAME on the Hub.
         target, max_shard_size: as `convert` has them.
-        recipe: name of the recipe.
+        recipe: None if the wish is still to be settled.
         delete: shards go once they are converted.
+        wish: as `convert` has it.
 
     Raises:
         ValueError: unusable source, a target that holds something else.
     """
     _check_target(source, target)
     remote = is_repository(source)
-    if (delete or remote) and _is_complete(target, recipe, max_shard_size):
-        return None
+    sums = Checksums.load(target) if target.is_dir() else None
+    if sums is not None and sums.complete and _is_gone(source, remote, delete):
+        same = (
+            _is_source(source, remote, sums.job)
+            and (recipe is None or sums.job["recipe"] == recipe.to_dict())
+            and sums.job.get("wish") == (dict(wish) if wish else None)
+            and sums.job["max_shard_size"] == max_shard_size
+        )
+        if not same:
+            raise _other_conversion(target)
+        if all(sums.has(target / name) for name in sums.files):
+            return None
     staging = target / STAGING
     return Source(
         HubOrigin(str(source), staging) if remote else LocalOrigin(source, staging, delete)
@@ -155,15 +173,29 @@ def _check_target(source: str | Path, target: Path) -> None:
         raise ValueError(f"{target}: is not empty; give a new directory, or remove what is there")
 
 
-def _is_complete(target: Path, recipe: str, max_shard_size: int) -> bool:
-    """Whether a target holds a finished conversion by a recipe of this name, or by a wish."""
-    sums = Checksums.load(target) if target.is_dir() else None
+def _is_gone(source: str | Path, remote: bool, delete: bool) -> bool:
+    """Whether a source's shards are not here, or not all, as after a conversion of them."""
+    if remote or not delete or not (Path(source) / "config.json").is_file():
+        return remote
+    return None in remains(Path(source))["shards"].values()
+
+
+def _is_source(source: str | Path, remote: bool, job: dict[str, Any]) -> bool:
+    """Whether a conversion was made from a source, by what is left of that."""
+    if remote:
+        return job.get("repository") == str(source)
+    left, shards = remains(Path(source)), job.get("shards", {})
     return (
-        sums is not None
-        and sums.complete
-        and (sums.job["recipe"]["name"] == recipe or "wish" in sums.job)
-        and sums.job["max_shard_size"] == max_shard_size
-        and all(sums.has(target / name) for name in sums.files)
+        left["config"] == job.get("config")
+        and set(left["shards"]) == set(shards)
+        and all(crc in (None, shards[name]) for name, crc in left["shards"].items())
+    )
+
+
+def _other_conversion(target: Path) -> ValueError:
+    return ValueError(
+        f"{target}: holds the conversion of another source or with other options; give a new "
+        "directory, or repeat the options it was begun with"
     )
 
 
@@ -180,10 +212,7 @@ def _open_sums(
     }
     sums = Checksums.load(target) if target.exists() else None
     if sums is not None and sums.job != job:
-        raise ValueError(
-            f"{target}: holds the conversion of another source or with other options; give a new "
-            "directory, or repeat the options it was begun with"
-        )
+        raise _other_conversion(target)
     return sums if sums is not None else Checksums(job)
 
 
@@ -207,7 +236,8 @@ def _check_space(source: Source, job: Job, sums: Checksums, target: Path) -> Non
 def space_wanted(source: Source, job: Job) -> int:
     """Bytes of free disk that a conversion wants at most."""
     origin = source.origin
-    return peak_disk(job, origin.sizes, origin.fetched, not origin.keeps and not origin.fetched)
+    peak = peak_disk(job, origin.sizes, origin.fetched, not origin.keeps and not origin.fetched)
+    return peak + small_bytes(source.directory)
 
 
 def _run(source: Source, target: Target, options: Options, statistics: Statistics | None) -> None:
@@ -221,6 +251,7 @@ def _run(source: Source, target: Target, options: Options, statistics: Statistic
         if done := target.done_bytes(name):
             told.progress(name, done)
     workers = options.workers or count_workers(source, job, statistics is not None)
+    unchecked: list[Item] = []
     for number, items in enumerate(steps):
         todo = [item for item in items if not target.is_done(item)]
         for shard in sorted({shard for item in todo for shard in item.needs}):
@@ -229,9 +260,12 @@ def _run(source: Source, target: Target, options: Options, statistics: Statistic
             _run_items(make, target, todo, workers)
         finally:
             target.commit()
+        unchecked += items
         leaving = [s for s in source.shards if last.get(s, 0) == number and origin.holds(s)]
         if leaving and not origin.keeps:
-            target.check(items)
+            # Of a shard that goes, some may have been made in earlier steps, or in earlier runs.
+            target.check(unchecked)
+            unchecked = []
             for shard in leaving:
                 origin.release(shard)
 
@@ -365,9 +399,7 @@ def _write_small_files(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_text(target / INDEX, json.dumps(index, indent=1))
     for path in small_files(source.directory):
-        beside = target / f"{path.name}.tmp"
-        shutil.copyfile(path, beside)
-        beside.replace(target / path.name)
+        copy_file(path, target / path.name)
         sums.add(target / path.name)
     write_text(target / "config.json", config.to_json_string(use_diff=False))
     for name in (INDEX, "config.json"):

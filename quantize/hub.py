@@ -74,9 +74,9 @@ class HubOrigin:
             kept = read_kept(staging)
             if kept is None:
                 headers = {shard: self._header(shard) for shard in self._shards()}
-                kept = headers, {shard: self._remote[shard].size for shard in headers}
+                kept = headers, {shard: self._remote[shard].size for shard in headers}, {}
                 keep(staging, *kept)
-            self.headers, self.sizes = kept
+            self.headers, self.sizes, _ = kept
 
     @property
     def identity(self) -> dict[str, Any]:

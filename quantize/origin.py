@@ -6,15 +6,20 @@ target's `.source` until the conversion is complete, so that it can continue wit
 """
 
 import json
+import os
+import zlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from modeling_dsv4.safetensors_file import TensorInfo, read_header, read_index
+from modeling_dsv4.safetensors_file import INDEX, SINGLE, TensorInfo, read_header, read_index
 
 from .checksums import write_text
 
 STAGING = ".source"
 _KEPT = "headers.json"
+# Of each tensor, the bytes by which a shard is told from one of other weights.
+_SAMPLE = 512
 Header = dict[str, TensorInfo]
 
 
@@ -73,29 +78,38 @@ class LocalOrigin:
         if not (self.directory / "config.json").is_file():
             raise ValueError(f"{directory}: wanted a directory with config.json, found none")
         kept = read_kept(staging) if staging is not None else None
-        if kept is None:
-            paths = dict.fromkeys(read_index(self.directory).values())
-            self.headers = {path.name: read_header(path) for path in paths}
-            self.sizes = {path.name: path.stat().st_size for path in paths}
-        else:
-            self.headers, self.sizes = kept
+        self.headers, self.sizes, self._gone = kept or ({}, {}, {})
+        # Shards that are here speak for themselves: they may be another model's.
+        paths = map(self._path, self.headers) if kept else read_index(self.directory).values()
+        for path in dict.fromkeys(paths):
+            if kept is None or path.is_file():
+                self._gone.pop(path.name, None)
+                self.headers[path.name] = read_header(path)
+                self.sizes[path.name] = path.stat().st_size
         self.keeps = not delete
         self.fetched = False
         self._staging = staging
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Nothing: a directory may be moved."""
-        return {}
+        """What is in the shards, not where they are: a directory may be moved."""
+        return {"config": _config_checksum(self.directory), "shards": self._samples}
+
+    @cached_property
+    def _samples(self) -> dict[str, int]:
+        return {
+            shard: self._gone[shard] if shard in self._gone else sample(self._path(shard), header)
+            for shard, header in sorted(self.headers.items())
+        }
 
     def prepare(self) -> None:
         """Keep the headers if shards are to go."""
         if self._staging is not None and not self.keeps:
-            keep(self._staging, self.headers, self.sizes)
+            keep(self._staging, self.headers, self.sizes, self._samples)
 
     def fetch(self, shard: str) -> Path:
         """Return a shard's path; ValueError if it is absent or has another size than before."""
-        path = self.directory / shard
+        path = self._path(shard)
         if not path.is_file():
             raise ValueError(f"{path}: this shard is missing and still needed; fetch it again")
         if path.stat().st_size != self.sizes[shard]:
@@ -107,19 +121,54 @@ class LocalOrigin:
 
     def holds(self, shard: str) -> bool:
         """Whether a shard is there."""
-        return (self.directory / shard).is_file()
+        return self._path(shard).is_file()
 
     def release(self, shard: str) -> None:
         """Delete a shard, if that was asked for."""
         if not self.keeps:
-            (self.directory / shard).unlink(missing_ok=True)
+            self._path(shard).unlink(missing_ok=True)
+
+    def _path(self, shard: str) -> Path:
+        return self.directory / shard
 
 
-def keep(staging: Path, headers: dict[str, Header], sizes: dict[str, int]) -> None:
-    """Write headers down for the time when their shards are gone."""
+def remains(directory: Path) -> dict[str, Any]:
+    """What `LocalOrigin.identity` was, as far as is left of it: shards that are gone are None."""
+    names = {SINGLE}
+    if (directory / INDEX).is_file():
+        names = {path.name for path in read_index(directory, present=False).values()}
+    paths = [directory / name for name in sorted(names)]
+    shards = {p.name: sample(p, read_header(p)) if p.is_file() else None for p in paths}
+    return {"config": _config_checksum(directory), "shards": shards}
+
+
+def _config_checksum(directory: Path) -> int:
+    data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
+
+
+def sample(path: Path, header: Header) -> int:
+    """Checksum of some bytes in the middle of each tensor: other weights give another."""
+    crc = 0
+    with path.open("rb", buffering=0) as file:
+        for info in sorted(header.values(), key=lambda info: info.start):
+            at = max(info.start, (info.start + info.end - _SAMPLE) // 2)
+            size = min(_SAMPLE, info.end - info.start)
+            crc = zlib.crc32(os.pread(file.fileno(), size, at), crc)
+    return crc
+
+
+def keep(
+    staging: Path,
+    headers: dict[str, Header],
+    sizes: dict[str, int],
+    samples: dict[str, int] | None = None,
+) -> None:
+    """Write headers and samples down for the time when their shards are gone."""
     data = {
         shard: {
             "size": sizes[shard],
+            "sample": samples[shard] if samples else 0,
             "tensors": {n: [i.dtype, i.shape, i.start, i.end] for n, i in header.items()},
         }
         for shard, header in headers.items()
@@ -128,7 +177,9 @@ def keep(staging: Path, headers: dict[str, Header], sizes: dict[str, int]) -> No
     write_text(staging / _KEPT, json.dumps(data))
 
 
-def read_kept(staging: Path) -> tuple[dict[str, Header], dict[str, int]] | None:
+def read_kept(
+    staging: Path,
+) -> tuple[dict[str, Header], dict[str, int], dict[str, int]] | None:
     """Read what `keep` wrote; None if it wrote nothing."""
     path = staging / _KEPT
     if not path.is_file():
@@ -141,4 +192,5 @@ def read_kept(staging: Path) -> tuple[dict[str, Header], dict[str, int]] | None:
         }
         for shard, entry in data.items()
     }
-    return headers, {shard: entry["size"] for shard, entry in data.items()}
+    sizes = {shard: entry["size"] for shard, entry in data.items()}
+    return headers, sizes, {shard: entry["sample"] for shard, entry in data.items()}

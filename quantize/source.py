@@ -111,7 +111,7 @@ class Source:
 
     @property
     def fingerprint(self) -> int:
-        """Changes when the source's names, shapes, files or configuration do."""
+        """Changes when names, shapes, files or configuration do; the origin tells contents."""
         headers = sorted((n, i.dtype, i.shape, i.start) for n, i in self._info.items())
         sizes = sorted(self.origin.sizes.items())
         return zlib.crc32(json.dumps([headers, sizes, self.config.to_dict()], default=str).encode())
@@ -281,6 +281,11 @@ def small_files(directory: Path) -> Iterator[Path]:
         own = re.fullmatch(r"config\.json|checksums\.json|.*\.index\.json", path.name)
         if path.suffix in (".json", ".txt", ".jinja", ".model") and path.is_file() and not own:
             yield path
+
+
+def small_bytes(directory: Path) -> int:
+    """Bytes of a model's small files; a tokenizer alone may have many megabytes."""
+    return sum(path.stat().st_size for path in small_files(directory))
 
 
 def _fits(info: TensorInfo, entry: Entry) -> bool:

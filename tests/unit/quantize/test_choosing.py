@@ -11,7 +11,7 @@ from quantize.calibration import calibrate
 from quantize.checksums import Checksums, damages
 from quantize.choosing import Wish, settle
 from quantize.config import Dsv4QuantizationConfig, Recipe, get_recipe
-from quantize.convert import convert, plan_job
+from quantize.convert import convert, plan_job, space_wanted
 from quantize.pack import PROJECTIONS, PackFile
 from quantize.source import Source
 
@@ -50,6 +50,17 @@ def test_a_name_is_a_recipe_and_nothing_is_kept(release: Path, tmp_path: Path) -
     settled = settle(Wish("q3"), Source(release), tmp_path / "out")
     assert (settled.recipe, settled.wish, settled.statistics) == (get_recipe("q3"), None, None)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_size_includes_a_large_tokenizer(release: Path, tmp_path: Path) -> None:
+    job = plan_job(Source(release), get_recipe("fp4"))
+    before = space_wanted(Source(release), job)
+    (release / "tokenizer.json").write_text(" " * 3_000_000)
+    assert space_wanted(Source(release), job) == before + 3_000_000
+    wanted = job.nbytes - 12 * 4096 + 2**20 + 3_000_000
+    settled = settle(Wish(target_size=wanted), Source(release), tmp_path / "out")
+    got = plan_job(Source(release), settled.recipe).nbytes + 3_000_000 + 2**20
+    assert wanted - 24 * 4096 < got <= wanted
 
 
 @pytest.mark.parametrize("bits", [3.2, 4.0])

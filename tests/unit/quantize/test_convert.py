@@ -2,6 +2,7 @@
 """A conversion keeps bytes, continues where it stopped, and never leaves half a file."""
 
 import json
+import os
 from collections import namedtuple
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from modeling_dsv4.checkpoint import fit_config, load_foreign, read_index
 from modeling_dsv4.configuration_dsv4 import Dsv4Config
 from modeling_dsv4.formats import get_format
-from quantize.checksums import Checksums, damages
+from quantize.checksums import Checksums, FileSums, damages
 from quantize.config import Recipe, get_recipe
 from quantize.convert import convert
 from quantize.pack import PackFile
@@ -327,3 +328,41 @@ def test_a_damaged_small_file_is_found(release: Path, tmp_path: Path) -> None:
     assert sums is not None
     assert set(sums.files) == {p.name for p in target.iterdir()} - {"checksums.json"}
     assert list(damages(target, sums)) == ["tokenizer_config.json: damaged"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json"])
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_small_file_that_was_lost_or_cut_is_written_again(
+    release: Path, tmp_path: Path, name: str, lost: bool
+) -> None:
+    (release / "tokenizer.json").write_text('{"a": 0}')
+    target = convert(release, tmp_path / "out", FP4)
+    whole = contents(target)
+    if lost:
+        (target / name).unlink()
+    else:
+        (target / name).write_bytes(b"")
+    convert(release, target, FP4)
+    assert contents(target) == whole
+
+
+def test_all_files_are_synced_before_they_have_their_names(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (release / "tokenizer.json").write_text('{"a": 0}')
+    synced, fsync = set(), os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", noted)
+    target = convert(release, tmp_path / "out", FP4)
+    assert [p.name for p in target.iterdir() if p.stat().st_ino not in synced] == []
+
+
+@pytest.mark.parametrize("name", ["../secret.txt", "/etc/hostname", "a/b.json", "..", ""])
+def test_checksums_of_files_outside_are_refused(tmp_path: Path, name: str) -> None:
+    Checksums({}, True, {name: FileSums(1, 1)}).save(tmp_path)
+    with pytest.raises(ValueError, match="is no plain file name"):
+        Checksums.load(tmp_path)

@@ -14,7 +14,7 @@ import huggingface_hub.constants
 import pytest
 from safetensors.torch import load_file, save_file
 
-from quantize.config import get_recipe
+from quantize.config import Recipe, get_recipe
 from quantize.convert import convert
 from quantize.hub import HubOrigin, is_repository
 
@@ -196,6 +196,19 @@ def test_a_later_run_goes_on_with_a_download_and_its_commit(
     assert (shard, 1000) in hub.asked
     assert weights(tmp_path / "hub") == weights(convert(release, tmp_path / "local", FP4))
     assert json.loads((tmp_path / "hub" / "checksums.json").read_text())["job"]["commit"] == COMMIT
+
+
+def test_a_finished_target_is_not_that_of_another_repository(hub: StandIn, tmp_path: Path) -> None:
+    target = convert(REPOSITORY, tmp_path / "hub", FP4)
+    before = len(hub.asked)
+    other = Recipe("fp4", (("*.mlp.experts.*", "fp8_block32"),))
+    for source, recipe, wish in (
+        ("nobody/other", FP4, None), (REPOSITORY, other, None), (REPOSITORY, FP4, {"bits": 3.0}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="another source or with other options"):
+            convert(source, target, recipe, wish=wish)
+    assert convert(REPOSITORY, target, FP4) == target
+    assert len(hub.asked) == before
 
 
 def _stop(*_: object) -> None:

@@ -2,10 +2,13 @@
 """A conversion survives stops, full disks and lost shards, and may eat its source safely."""
 
 import errno
+import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from quantize.checksums import Checksums, damages
 from quantize.config import Recipe, get_recipe
@@ -223,3 +226,98 @@ def read_done(target: Path, partial: Path) -> dict[str, int]:
     sums = Checksums.load(target)
     assert sums is not None
     return sums.done.get(partial.name.removesuffix(".partial"), {})
+
+
+def retrained(source: Path, to: Path) -> Path:
+    """The same names and shapes with other weights."""
+    shutil.copytree(source, to)
+    for path in to.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name.endswith("attn_norm.weight"):
+                tensors[name] = tensor + 1
+        save_file(tensors, path)
+    return to
+
+
+@pytest.mark.parametrize("delete", [False, True])
+def test_a_run_does_not_continue_with_other_weights(
+    sharded: Path, tmp_path: Path, delete: bool
+) -> None:
+    other, calls = retrained(sharded, tmp_path / "other"), 0
+
+    def interrupt(file: str, done: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 30:
+            raise KeyboardInterrupt
+
+    wanted = contents(convert(sharded, tmp_path / "whole", FP4))
+    options = Options(delete_source_shards=delete, workers=1, progress=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(sharded, tmp_path / "out", FP4, options=options)
+    options = Options(delete_source_shards=delete)
+    with pytest.raises(ValueError, match="the conversion of another source"):
+        convert(other, tmp_path / "out", FP4, options=options)
+    assert len(list(other.glob("model-*.safetensors"))) == 4
+    convert(sharded, tmp_path / "out", FP4, options=options)
+    assert contents(tmp_path / "out") == wanted
+
+
+def test_a_finished_target_is_not_that_of_other_weights(sharded: Path, tmp_path: Path) -> None:
+    other = retrained(sharded, tmp_path / "other")
+    target = convert(sharded, tmp_path / "out", FP4)
+    with pytest.raises(ValueError, match="the conversion of another source"):
+        convert(other, target, FP4)
+    moved = sharded.rename(tmp_path / "moved")
+    assert convert(moved, target, FP4) == target
+
+
+def test_a_shard_stays_if_what_an_earlier_step_made_is_wrong(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = plan_job(Source(sharded), FP4)
+    first = [
+        item for file in job.files.values() for item in file.items
+        if item.needs == {"model-00001-of-00004.safetensors"}
+    ]  # fmt: skip
+    write = Target.write
+
+    def failing(self: Target, item: Item, view: memoryview, skip: int = 0) -> None:
+        if (item.file, item.key) == (first[0].file, first[0].key) and not skip:
+            view = memoryview(bytes([view[0] ^ 1]) + bytes(view[1:]))
+        write(self, item, view, skip)
+
+    # The first shard ends within an expert, so that it goes behind the second step.
+    monkeypatch.setattr(Target, "write", failing)
+    with pytest.raises(ValueError, match="is not what was written; the disk is failing"):
+        convert(sharded, tmp_path / "out", FP4, options=Options(delete_source_shards=True))
+    assert len(list(sharded.glob("model-*.safetensors"))) == 4
+
+
+@pytest.mark.parametrize("what", ["weights", "shard", "config", "recipe", "wish", "size"])
+def test_a_finished_target_whose_source_is_gone_is_not_that_of_anything_else(
+    sharded: Path, tmp_path: Path, what: str
+) -> None:
+    other = retrained(sharded, tmp_path / "other")
+    options = Options(delete_source_shards=True)
+    target = convert(sharded, tmp_path / "out", FP4, options=options)
+    assert convert(sharded, target, FP4, options=options) == target
+    source, recipe, wish, size = sharded, FP4, None, 5 * 10**9
+    if what in ("weights", "shard"):
+        source = other
+        if what == "shard":
+            (other / "model-00002-of-00004.safetensors").unlink()
+    elif what == "config":
+        config = json.loads((sharded / "config.json").read_text())
+        (sharded / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
+    elif what == "recipe":
+        recipe = Recipe("fp4", (("*.mlp.experts.*", "fp8_block32"),))
+    elif what == "wish":
+        wish = {"recipe": "fp4", "bits": 3.0}
+    else:
+        size = 300_000
+    left = contents(other)
+    with pytest.raises(ValueError, match="another source or with other options"):
+        convert(source, target, recipe, size, options=options, wish=wish)
+    assert contents(other) == left

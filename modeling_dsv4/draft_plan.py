@@ -11,6 +11,10 @@ proportion to the experts met.
 A step with k guesses is worth `1 + sum_i prod_{j<=i} c_j` tokens, c the confidences, scaled by how
 often they came true of late. It checks as many as give most tokens for a byte, and after a number
 of steps that checked nothing it leaves the head alone for a while, twice as long each time.
+
+Confidences tell which tokens were drawn, and to drop an unlikely draw and draw again is not to
+sample the model. Where texts are samples, c is how often each place came true in earlier steps, and
+the number stands before anything is drawn; a place not seen for long is hoped to be right.
 """
 
 from __future__ import annotations
@@ -35,6 +39,9 @@ _FIRST, _NEW = 4, 0.1
 _PATIENCE, _PAUSE, _LONGEST = 4, 8, 512
 # Guesses that a head's word counts for before it is seen to be right, and what a step forgets.
 _TRUST, _KEEP = 8.0, 0.98
+# Right guesses that each place is given in advance where its past decides: it is tried before it is
+# judged, and again once that is forgotten.
+_HOPE = 2.0
 
 
 @dataclass(frozen=True)
@@ -148,23 +155,37 @@ class Plan:
     Args:
         most: guesses at most.
         costs: None checks all that were made.
+        samples: the text is sampled, so that the number follows from earlier steps alone.
     """
 
-    def __init__(self, most: int, costs: CostModel | None) -> None:
-        self.most, self.costs = most, costs
-        self._idle, self._wait, self._pause = 0, 0, _PAUSE
+    def __init__(self, most: int, costs: CostModel | None, samples: bool = False) -> None:
+        self.most, self.costs, self.samples = most, costs, samples
+        self._idle, self._wait, self._pause, self._run = 0, 0, _PAUSE, 0
         self._promised, self._kept = 0.0, 0.0
+        # By place: guesses whose forerunners were right, and those that were right as well.
+        self._reached = torch.zeros(most, dtype=torch.float64)
+        self._right = torch.zeros(most, dtype=torch.float64)
 
-    def ask(self) -> int:
-        """How many guesses the head is to make now; 0 while it pauses."""
+    def ask(self, rows: int) -> int:
+        """How many guesses the head is to make now for each of `rows` rows; 0 while it pauses."""
         if self._wait:
             self._wait -= 1
             return 0
-        return self.most
+        if self.costs is None or not self.samples:
+            return self.most
+        hoped = (self._right + _HOPE) / (self._reached + _HOPE)
+        made = self.costs.best(hoped.expand(rows, -1), self.costs.head_cost(rows * self.most))
+        if not made:
+            self._rest()
+            return 0
+        self._run += 1
+        if self._run > self._pause:
+            self._pause = _PAUSE
+        return made
 
     def keep(self, confidence: torch.Tensor) -> int:
         """How many of the guesses to check; `confidence` [B, k] probabilities."""
-        if self.costs is None:
+        if self.costs is None or self.samples:
             return confidence.shape[1]
         rows = confidence.shape[0]
         scale = (self._kept + _TRUST) / (self._promised + _TRUST)
@@ -175,21 +196,29 @@ class Plan:
             return kept
         self._idle += 1
         if self._idle >= _PATIENCE:
-            self._idle, self._wait = 0, self._pause
-            # Another text may suit the head better.
-            self._promised, self._kept = self._promised / 2, self._kept / 2
-            self._pause = min(2 * self._pause, _LONGEST)
+            self._rest()
         return 0
+
+    def _rest(self) -> None:
+        self._idle, self._run, self._wait = 0, 0, self._pause
+        # Another text may suit the head better.
+        self._promised, self._kept = self._promised / 2, self._kept / 2
+        self._reached, self._right = self._reached / 2, self._right / 2
+        self._pause = min(2 * self._pause, _LONGEST)
 
     def observe(self, confidence: torch.Tensor, count: torch.Tensor) -> None:
         """Learn which guesses were right: of `confidence` [B, k] the first `count` [B].
 
         Guesses behind a wrong one say nothing.
         """
-        places = torch.arange(confidence.shape[1], device=count.device)
+        k = confidence.shape[1]
+        places = torch.arange(k, device=count.device)
         reached, right = places <= count[:, None], places < count[:, None]
         self._promised = _KEEP * self._promised + float(confidence[reached].sum())
         self._kept = _KEEP * self._kept + float(right.sum())
+        self._reached, self._right = _KEEP * self._reached, _KEEP * self._right
+        self._reached[:k] += reached.sum(0).cpu()
+        self._right[:k] += right.sum(0).cpu()
 
 
 @dataclass

@@ -11,7 +11,8 @@ cache holds all but the last token x
 
 The text is the backbone's own: greedy tokens are those of plain decoding (but for ties closer than
 rounding, as a pass of several columns sums in another order than one), and samples have plain
-sampling's distribution (Leviathan et al., 2023; Chen et al., 2023).
+sampling's distribution (Leviathan et al., 2023; Chen et al., 2023). For that, how many guesses a
+sampling pass checks stands before any of them is drawn: it follows from earlier passes alone.
 
 Why not transformers' `CandidateGenerator`: its loop takes one sequence and no static cache, asks
 for the whole prompt's hidden states, and keeps the drafter's state outside of the cache. Here it
@@ -187,7 +188,7 @@ class Drafter:
 
     def _propose(self, token: torch.Tensor) -> tuple[Draft, torch.Tensor]:
         """Guesses worth checking, and the probabilities [B, k, V] they were drawn from."""
-        most = min(self.plan.ask(), self.texts.most_guesses())
+        most = min(self.plan.ask(sum(self.texts.open)), self.texts.most_guesses())
         nothing = token[:, None][:, :0]
         if not most:
             empty = torch.zeros(len(token), 0, self.model.config.vocab_size, device=token.device)
@@ -263,13 +264,13 @@ def decode_with_drafts(
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, Dsv4Cache):
         raise ValueError("draft: wanted use_cache=True, since guesses are checked against a cache")
-    plan = _plan(model, draft, cache.max_rewind)
+    samples = bool(generation_config.do_sample)
+    plan = _plan(model, draft, cache.max_rewind, samples)
     cache.drafts.begin(cache.state.seen if cache.is_initialized and cache.state else None)
     logits = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
     pad = generation_config._pad_token_tensor
     most = cast(int, generation_config.max_length)
     texts = Texts(input_ids, most, 0 if pad is None else int(pad), stopping_criteria)
-    samples = bool(generation_config.do_sample)
     drafter = Drafter(model, cache, texts, plan, logits_processor, samples)
     first = drafter.choose(texts.process(logits_processor, logits, input_ids[:, :0]))
     for row, token in enumerate(first.tolist()):
@@ -309,7 +310,7 @@ def check_settings(config: GenerationConfig) -> None:
         )
 
 
-def _plan(model: Dsv4ForCausalLM, draft: int | str, rewind: int) -> Plan:
+def _plan(model: Dsv4ForCausalLM, draft: int | str, rewind: int, samples: bool) -> Plan:
     config = model.config
     block = config.dspark_block_size if config.draft_kind == "dspark" else rewind - 1
     if draft == "auto":
@@ -317,7 +318,7 @@ def _plan(model: Dsv4ForCausalLM, draft: int | str, rewind: int) -> Plan:
         most = min(block or 1, rewind - 1) if config.draft_kind == "dspark" else 2
         backbone = Weights.of([model.model, model.lm_head])
         head = Weights.of([model.mtp, model.lm_head])
-        return Plan(most, CostModel(backbone, head))
+        return Plan(most, CostModel(backbone, head), samples)
     if not isinstance(draft, int) or isinstance(draft, bool) or not 1 <= draft <= (block or 1):
         raise ValueError(
             f'draft: wanted "auto", None, or 1 to {block} guesses a step, got {draft!r}'

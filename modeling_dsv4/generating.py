@@ -86,8 +86,9 @@ class Dsv4Generation(GenerationMixin):
             args: as there.
             draft: None decodes a token a pass. "auto" lets the draft head guess, and checks as
                 many guesses as are worth their cost, none where drafting does not pay, or where
-                the model has no head. A number checks that many in every pass. The text is the
-                backbone's in any case; see `drafting.py`.
+                the model has no head; when sampling, how many follows from earlier passes alone. A
+                number checks that many in every pass. The text is the backbone's in any case; see
+                `drafting.py`.
             kwargs: as there.
 
         Raises:

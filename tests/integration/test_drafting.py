@@ -11,6 +11,7 @@ import torch
 
 from modeling_dsv4 import Dsv4Cache
 from modeling_dsv4.draft import Draft, Dsv4DraftHead
+from modeling_dsv4.draft_plan import Weights
 
 DSPARK = {
     "draft_kind": "dspark",
@@ -171,6 +172,59 @@ def test_samples_have_the_distribution_of_plain_sampling(tiny: Make) -> None:
     chi = ((seen - wanted) ** 2 / wanted).sum()
     # The upper tail of chi-square with 63 degrees of freedom.
     assert torch.special.gammaincc(torch.tensor(31.5).double(), chi / 2) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("head", "bold", "rows"),
+    [
+        (HEADS["v4-mtp"][1], 1.0, 1),
+        (HEADS["v4-mtp"][1], 1.0, 2),
+        (DSPARK | {"dspark_target_layer_ids": [0]}, 0.8, 2),
+    ],
+    ids=["always-right", "two-rows", "often-right"],
+)
+def test_guessing_where_it_pays_leaves_samples_their_distribution(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch, head: dict[str, Any], bold: float, rows: int
+) -> None:
+    model = _quiet(tiny("window", torch.float64, **head))
+
+    def weigh(parts: list[Any]) -> Weights:
+        # A guess has to be right two times of five to be worth the head's pass.
+        return Weights(1e6, 1e4, 8 if parts[0] is model.model else 3, experts=8, active=2)
+
+    monkeypatch.setattr(Weights, "of", staticmethod(weigh))
+    # Blind to all but the last token, so that a table is a head as good as one likes.
+    for layer in model.model.layers:
+        layer.self_attn.o_b_proj.weight.data.zero_()
+    with torch.no_grad():
+        logits = model(torch.arange(64)[:, None], use_cache=False).logits[:, 0]
+        model.lm_head.weight.data.mul_(3 / logits.std())
+        logits = model(torch.arange(64)[:, None], use_cache=False).logits[:, 0]
+
+    def propose(_: Any, __: Any, token: Any, count: int, ___: Any, ____: Any, pick: Any) -> Draft:
+        tokens, scores = token[:, None], []
+        for _i in range(count):
+            scores.append(bold * logits[tokens[:, -1]])
+            tokens = torch.cat((tokens, pick(tokens[:, 1:], scores[-1])[:, None]), dim=1)
+        found = torch.stack(scores, 1)
+        sure = found.softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+        return Draft(tokens[:, 1:], found, torch.logit(sure, eps=1e-6))
+
+    monkeypatch.setattr(Dsv4DraftHead, "propose", propose)
+    torch.manual_seed(0)
+    more = {"do_sample": True, "top_k": 0, "num_return_sequences": rows, "draft": "auto"}
+    runs = [_write(model, _ids(3), max_new_tokens=24, **more) for _ in range(60)]
+    texts = torch.cat([run.sequences[:, 2:] for run in runs])
+    p, new = logits.softmax(-1)[texts[:, :-1]], texts[:, 1:, None]
+    # Likelier tokens first: where a token lies on [0, 1], any point of its own share of it.
+    own = p.gather(2, new)
+    place = (p * (p > own)).sum(-1) + torch.rand(own.shape[:2]) * own[..., 0]
+    seen, wanted = torch.histc(place, 10, 0, 1), place.numel() / 10
+    chi = ((seen - wanted) ** 2 / wanted).sum()
+    # The upper tail of chi-square with 9 degrees of freedom.
+    assert torch.special.gammaincc(torch.tensor(4.5).double(), chi / 2) > 1e-3
+    # Guesses were checked, and mostly right.
+    assert all(sum(run.drafting.right) > 6 for run in runs)
 
 
 def test_processors_see_the_row_they_work_on(dspark: Any, clairvoyant: list[torch.Tensor]) -> None:

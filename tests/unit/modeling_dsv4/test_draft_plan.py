@@ -72,14 +72,14 @@ def test_a_head_that_promises_too_much_is_believed_less_and_less() -> None:
     plan = Plan(3, CostModel(Weights(0.0, 1e9, 10, 256, 6), HEAD))
     sure, checked = _sure(0.99, 0.99, 0.99), 0
     for _ in range(40):
-        if plan.ask():
+        if plan.ask(1):
             kept = plan.keep(sure)
             checked += kept > 0
             plan.observe(sure[:, :kept], torch.tensor([0]))
     assert 0 < checked < 20
     kept_word = Plan(3, CostModel(Weights(0.0, 1e9, 10, 256, 6), HEAD))
     for _ in range(40):
-        assert kept_word.ask() == 3 and kept_word.keep(sure) == 3
+        assert kept_word.ask(1) == 3 and kept_word.keep(sure) == 3
         kept_word.observe(sure, torch.tensor([3]))
 
 
@@ -87,15 +87,45 @@ def test_pauses_grow_while_nothing_is_worth_checking() -> None:
     plan = Plan(2, CostModel(Weights(0.0, 1e9, 10, 256, 6), HEAD))
     asked = []
     for step in range(120):
-        if plan.ask():
+        if plan.ask(1):
             asked.append(step)
             assert plan.keep(_sure(0.1, 0.1)) == 0
     assert asked == [*range(4), *range(12, 16), *range(32, 36), *range(68, 72)]
 
 
+def test_a_sampling_pass_is_planned_from_the_past_and_not_from_its_draws() -> None:
+    # Two guesses cost next to nothing, and each brings what it brought before.
+    costs = CostModel(Weights(1e9, 2e6, 10, 256, 6), HEAD)
+    plan = Plan(3, costs, samples=True)
+    assert plan.ask(1) == 3
+    for sure in (_sure(0.0, 0.0, 0.0), _sure(1.0, 1.0, 1.0)):
+        assert plan.keep(sure) == 3
+    for _ in range(60):
+        k = plan.ask(2)
+        plan.observe(torch.full((2, k), 0.9), torch.tensor([1, 1]).clamp(max=k))
+    # The first place was always right and the second never.
+    assert plan.ask(2) == 1
+
+
+def test_a_head_that_samples_wrong_is_tried_seldom_and_taken_back_when_it_is_right() -> None:
+    plan = Plan(2, CostModel(Weights(0.0, 1e8, 10, 256, 6), HEAD), samples=True)
+
+    def run(steps: int, right: int) -> int:
+        tried = 0
+        for _ in range(steps):
+            k = plan.ask(1)
+            tried += k > 0
+            plan.observe(torch.full((1, k), 0.5), torch.tensor([min(right, k)]))
+        return tried
+
+    assert 0 < run(400, right=0) < 40
+    run(600, right=2)
+    assert run(100, right=2) == 100
+
+
 def test_a_number_is_checked_whatever_it_costs() -> None:
     plan = Plan(3, None)
-    assert plan.ask() == 3 and plan.keep(_sure(0.01, 0.01, 0.01)) == 3
+    assert plan.ask(1) == 3 and plan.keep(_sure(0.01, 0.01, 0.01)) == 3
 
 
 def test_guesses_behind_a_wrong_one_say_nothing() -> None:

@@ -26,6 +26,7 @@ import torch
 from modeling_dsv4.configuration_dsv4 import Dsv4Config
 from modeling_dsv4.safetensors_file import INDEX
 
+from .checksums import FILE as CHECKSUMS
 from .checksums import Checksums, copy_file, write_text
 from .config import METHOD, Recipe
 from .dense import DensePart, part_tiles
@@ -169,7 +170,9 @@ def _check_target(source: str | Path, target: Path) -> None:
         raise ValueError(f"{target}: source and target are the same directory; name another target")
     if not target.is_dir():
         raise ValueError(f"{target}: wanted a directory to convert into, got a file")
-    if Checksums.load(target) is None and {p.name for p in target.iterdir()} - {STAGING}:
+    # A run that was killed as it began leaves these, and nothing of anybody's.
+    begun = {STAGING, f"{CHECKSUMS}.tmp"}
+    if Checksums.load(target) is None and {p.name for p in target.iterdir()} - begun:
         raise ValueError(f"{target}: is not empty; give a new directory, or remove what is there")
 
 

@@ -209,6 +209,14 @@ def test_a_target_that_holds_something_else_is_refused(release: Path, tmp_path: 
     assert contents(target) == {"thesis.txt": b"mine"}
 
 
+def test_a_run_that_was_killed_as_it_began_is_continued(release: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "checksums.json.tmp").write_text("{")
+    convert(release, target, FP4)
+    assert contents(target) == contents(convert(release, tmp_path / "again", FP4))
+
+
 def test_a_target_of_another_conversion_is_refused(release: Path, tmp_path: Path) -> None:
     target = convert(release, tmp_path / "out", FP4)
     with pytest.raises(ValueError, match="another source or with other options"):

@@ -345,9 +345,12 @@ def _plan_table(plan: Plan) -> Table:
                 format_size(share * sizes.routed),
                 _TIER[tier],
             )
-    for name, size in (("draft heads", sizes.draft), ("vision", sizes.vision)):
+    for name, size, told in (
+        ("draft heads", sizes.draft, "not in plain decoding"),
+        ("vision", sizes.vision, "carried, not used"),
+    ):
         if size:
-            table.add_row(name, format_size(size), "", "not counted")
+            table.add_row(name, format_size(size), "", told)
     return table
 
 

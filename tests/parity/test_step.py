@@ -126,6 +126,24 @@ def test_another_length_of_the_cache_is_traced_anew(
     assert len(traced) <= 6
 
 
+def test_a_step_is_given_the_last_column_of_masks_and_positions(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    model.set_step("eager")
+    one = model._one_column
+    monkeypatch.setattr(
+        model, "_step", lambda *x: given.append([y.shape for y in x[:3]]) or one(*x)
+    )
+    ids, cache = _ids(), _cache(model)
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    with torch.no_grad():
+        model(ids[:, :PROMPT], past_key_values=cache)
+    places = torch.arange(LENGTH).expand(2, -1)
+    _decode(model, ids[:, PROMPT : PROMPT + 2], cache, attention_mask=mask, position_ids=places)
+    assert given == [[(2, 1)] * 3] * 2
+
+
 @pytest.mark.usefixtures("traced")
 def test_a_step_can_be_taken_back(model: Any) -> None:
     ids, cache = _ids(1), _cache(model)

@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .chat import choose_variant, encode_messages
+from modeling_dsv4.chat import choose_variant, encode_messages
+
 from .config import LossOn
 from .records import Record
 

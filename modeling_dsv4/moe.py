@@ -66,6 +66,14 @@ class ExpertsBase(nn.Module):
     def prepare(self, experts: list[int]) -> None:
         """Hear once per forward which experts are hit, before the first is opened."""
 
+    def run_expert(self, expert: int, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """One expert on its own rows: x [M, D] and weights [M] to [M, D]."""
+        gate_up, down = self.open_expert(expert)
+        if self.round_input is not None:
+            x = self.round_input(x)
+        u = ops.swiglu(gate_up(x), self.swiglu_limit, weights)
+        return down(u if self.round_input is None else self.round_input(u))
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
@@ -136,11 +144,7 @@ class ExpertsBase(nn.Module):
             weights.split([rows.counts[e] for e in hit]),
             strict=True,
         ):
-            gate_up, down = self.open_expert(e)
-            if self.round_input is not None:
-                xe = self.round_input(xe)
-            u = ops.swiglu(gate_up(xe), self.swiglu_limit, we)
-            parts.append(down(u if self.round_input is None else self.round_input(u)))
+            parts.append(self.run_expert(e, xe, we))
         if not parts:
             # No rows, but of this graph: the backward's collectives want every process.
             parts.append(x * weights[:, None])

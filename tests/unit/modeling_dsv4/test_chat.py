@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tokenizers
 
-from finetune.chat import FORMATS, choose_variant, encode_messages
+from modeling_dsv4.chat import FORMATS, choose_variant, encode_messages
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "chat"
 

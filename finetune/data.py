@@ -124,7 +124,11 @@ def _encode_chat(
     record: Record, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
     """Conversations: the encoder's text, tokenized once; a token counts if it touches a span."""
-    encoded = encode_messages(record.content["messages"], variant=choose_variant(tokenizer))
+    encoded = encode_messages(
+        record.content["messages"],
+        variant=choose_variant(tokenizer),
+        tools=record.content.get("tools"),
+    )
     batch = tokenizer(
         encoded.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )

@@ -3,7 +3,7 @@
 
 | form | keys | what counts for the loss |
 |---|---|---|
-| chat | `messages: [{role, content}, ...]` | every assistant answer and its end |
+| chat | `messages: [{role, content}, ...]`, `tools` | every answer, its calls and its end |
 | pair | `prompt`, `completion` | the completion and its end |
 | text | `text` | all of it |
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Form = Literal["messages", "prompt", "text"]
-ROLES = ("system", "latest_reminder", "user", "assistant")
+ROLES = ("system", "latest_reminder", "user", "tool", "assistant")
 # A message names what is wrong with this many lines, and counts the others.
 _SHOWN = 5
 
@@ -133,7 +133,7 @@ def _build_record(value: object, line: int) -> Record:
         got = " and ".join(forms) or (", ".join(value) or "no keys")
         raise ValueError(f"wanted one of `messages`, `prompt` + `completion`, `text`, got {got}")
     if forms[0] == "messages":
-        return Record(line, "messages", {"messages": _check_messages(value)})
+        return Record(line, "messages", {"messages": _check_messages(value), **_check_tools(value)})
     keys = ("prompt", "completion") if forms[0] == "prompt" else ("text",)
     return Record(line, forms[0], {key: _check_text(value, key) for key in keys})
 
@@ -159,8 +159,21 @@ def _check_messages(value: dict[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
+def _check_tools(value: dict[str, Any]) -> dict[str, Any]:
+    """The schemas, if there are any; what is in them is the encoder's to judge."""
+    tools = value.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"`tools`: wanted a list of schemas, got {_short(tools)}")
+    return {"tools": tools} if tools else {}
+
+
 def _check_message(i: int, message: dict[str, Any]) -> None:
     content = message.get("content")
+    # A call may say all, and a tool nothing.
+    if (message["role"] == "tool" and content is not None) or (
+        message.get("tool_calls") and content in (None, "")
+    ):
+        return
     if not isinstance(content, str) or not content.strip():
         raise ValueError(f"message {i} ({message['role']}): wanted text, got {_short(content)}")
 

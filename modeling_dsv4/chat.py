@@ -242,8 +242,7 @@ def _read_turns(messages: Sequence[Any], form: ChatFormat) -> list[_Turn]:
 def _read_turn(i: int, message: Any, form: ChatFormat, order: Mapping[str, int]) -> _Turn:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {i}: wanted an object, got {type(message).__name__}")
-    role = message.get("role")
-    _check_keys(i, message, form)
+    role = _check_keys(i, message, form)
     content = _read_content(i, message)
     reasoning = message.get("reasoning_content") or ""
     if not isinstance(reasoning, str):
@@ -274,10 +273,14 @@ def _read_turn(i: int, message: Any, form: ChatFormat, order: Mapping[str, int])
     return turn
 
 
-def _check_keys(i: int, message: Mapping[str, Any], form: ChatFormat) -> None:
-    """Refuse roles and keys that the format does not have."""
+def _check_keys(i: int, message: Mapping[str, Any], form: ChatFormat) -> str:
+    """The role; refuse roles and keys that the format does not have."""
     role = message.get("role")
-    if role not in _ROLES or (role == "latest_reminder" and not form.reminder):
+    if (
+        not isinstance(role, str)
+        or role not in _ROLES
+        or (role == "latest_reminder" and not form.reminder)
+    ):
         raise ValueError(f"message {i}: wanted a role of {', '.join(_ROLES)}, got {role!r}")
     given = [key for key in _KEYS_OF_ROLES if message.get(key)]
     if not form.tags and (role == "tool" or given):
@@ -292,6 +295,7 @@ def _check_keys(i: int, message: Mapping[str, Any], form: ChatFormat) -> None:
     task = message.get("task")
     if task is not None and task not in TASKS:
         raise ValueError(f"message {i}: wanted a task of {', '.join(TASKS)}, got {task!r}")
+    return role
 
 
 def _read_content(i: int, message: Mapping[str, Any]) -> str:

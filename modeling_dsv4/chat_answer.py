@@ -20,6 +20,8 @@ class AnswerStream:
 
     Kinds of pieces: `reasoning` and `content` are text to show; a `tool_call` is one whole call
     as JSON, `{"name": .., "arguments": {..}}`. Text behind the end of sequence is kept in `rest`.
+    `part` is where it stands: reasoning, content, calls, behind (them), end; `reasoned`: `</think>`
+    came.
 
     Args:
         variant: a key of `FORMATS`.
@@ -32,6 +34,7 @@ class AnswerStream:
             raise ValueError(f"chat: variant {variant} has no thinking; use v4 or v4.1")
         self.part = "reasoning" if thinking else "content"
         self.rest = ""
+        self.reasoned = False
         self._held = ""
         self._stops: dict[str, dict[str, str]] = {
             "reasoning": {self.form.end_think: "content", self.form.eos: "end"},
@@ -85,7 +88,9 @@ class AnswerStream:
         if text:
             pieces.append((self.part, text))
         self._held = self._held[certain + len(found[1]) if found else certain :]
-        self.part = stops[found[1]] if found else self.part
+        if found:
+            self.reasoned |= found[1] == self.form.end_think
+            self.part = stops[found[1]]
         return found is not None
 
     def _step_call(self, pieces: list[tuple[str, str]]) -> bool:
@@ -119,7 +124,7 @@ def parse_answer(text: str, variant: str = "v4", *, thinking: bool = False) -> d
     """
     stream = AnswerStream(variant, thinking)
     pieces = [*stream.feed(text), *stream.close()]
-    if thinking and stream.part == "reasoning" or _ended_early(text, stream, thinking):
+    if thinking and not stream.reasoned:
         raise ValueError(f"chat: wanted {stream.form.end_think} behind the reasoning, got none")
     if stream.rest:
         raise ValueError(f"chat: wanted nothing behind the end, got {stream.rest!r:.60}")
@@ -140,11 +145,6 @@ def parse_answer(text: str, variant: str = "v4", *, thinking: bool = False) -> d
             for call in calls
         ],
     }
-
-
-def _ended_early(text: str, stream: AnswerStream, thinking: bool) -> bool:
-    end = text.find(stream.form.end_think) if thinking else 0
-    return end < 0
 
 
 def _begun(text: str, markers: tuple[str, ...]) -> int:

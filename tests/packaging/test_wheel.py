@@ -42,6 +42,7 @@ def test_the_wheel_holds_every_module_of_the_three_packages(
     ours = {name for name in project_files if name.split("/")[0] in PACKAGES}
     assert {name for name in ours if name.endswith(".py")} <= set(wheel_names)
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(wheel_names)
+    assert {name for name in ours if name.endswith((".c", ".jinja"))} <= set(wheel_names)
 
 
 def test_each_program_names_a_function_that_exists(pyproject: dict[str, Any]) -> None:

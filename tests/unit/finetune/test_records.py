@@ -58,6 +58,11 @@ def test_three_forms_may_be_mixed_and_other_keys_are_left_alone(tmp_path: Path) 
         ({"messages": CHAT["messages"][:1]}, "wanted an assistant answer"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "message 0: wanted a role"),
         ({"messages": ["x"]}, "message 0: wanted a role"),
+        (CHAT | {"tools": {"name": "f"}}, "`tools`: wanted a list of schemas"),
+        (
+            {"messages": [*CHAT["messages"], {"role": "tool"}]},
+            r"message 2 \(tool\): wanted text, got None",
+        ),
         (
             {"messages": [CHAT["messages"][0], {"role": "assistant", "content": ""}]},
             r"message 1 \(assistant\): wanted text, got ''",
@@ -127,3 +132,19 @@ def test_small_data_still_leaves_something_on_both_sides() -> None:
 def test_a_missing_file_is_told_with_what_was_wanted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.jsonl: wanted a \.jsonl file of records"):
         read_records(tmp_path / "none.jsonl")
+
+
+def test_a_chat_keeps_its_tools_and_calls_may_stand_without_text(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    messages = [
+        CHAT["messages"][0],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": ""},
+        CHAT["messages"][1],
+    ]
+    with_tools = {"messages": messages, "tools": tools}
+    records = read_records(_write(tmp_path, with_tools, {"messages": messages, "tools": None}))
+    assert records[0].content == with_tools
+    assert records[1].content == {"messages": messages}
+    assert records[0].digest() != records[1].digest()

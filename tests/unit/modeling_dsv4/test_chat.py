@@ -145,6 +145,31 @@ def test_the_loss_of_a_record_covers_exactly_the_answers(v4_tokenizer: Any) -> N
     assert all(label in (IGNORED, token) for token, label in kept)
 
 
+def test_the_loss_of_a_record_with_tools_covers_calls_and_answer(v4_tokenizer: Any) -> None:
+    from finetune.data import IGNORED, encode_record
+    from finetune.records import parse_record
+
+    call = {"id": "a", "function": {"name": "f", "arguments": '{"n": 1}'}}
+    content = {
+        "tools": [{"type": "function", "function": {"name": "f", "description": "unlearned"}}],
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "a", "content": "result"},
+            {"role": "assistant", "content": "done"},
+        ],
+    }
+    example = encode_record(parse_record(json.dumps(content), 1), v4_tokenizer, max_length=1024)
+    eos = v4_tokenizer.eos_token
+    assert "unlearned" in v4_tokenizer.decode(example.input_ids)
+    counted = [label for label in example.labels if label != IGNORED]
+    assert v4_tokenizer.decode(counted) == (
+        '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n'
+        '<｜DSML｜parameter name="n" string="false">1</｜DSML｜parameter>\n'
+        f"</｜DSML｜invoke>\n</｜DSML｜tool_calls>{eos}done{eos}"
+    )
+
+
 def test_the_variant_follows_from_the_tokenizer(v4_tokenizer: Any) -> None:
     assert choose_variant(v4_tokenizer) == "v4"
     assert choose_variant(nano_like_tokenizer()) == "plain"
@@ -194,8 +219,12 @@ SYSTEM, REMINDER = {"role": "system", "content": "s"}, {"role": "latest_reminder
         ([USER, REMINDER, ANSWER], "a reminder before a user message"),
         ([USER, REMINDER, USER], "a reminder before a user message"),
         ([USER, ANSWER, REMINDER], "a reminder before a user message"),
-        ([{"role": "tool", "content": "x"}], "message 0: tools and tasks"),
-        ([USER, {**ANSWER, "tool_calls": [{}]}], "message 1: tools and tasks .* tool_calls"),
+        ([USER, {**ANSWER, "content_blocks": [{}]}], "cannot write content_blocks"),
+        ([{**USER, "tool_calls": [{}]}], r"message 0 \(user\): cannot write tool_calls"),
+        ([{**USER, "task": "dance"}], "wanted a task of action, query, .* got 'dance'"),
+        ([{**USER, "task": "title"}, USER], "message 1: wanted an answer behind a task"),
+        ([USER, {**ANSWER, "task": "title"}, USER], "wanted an answer behind a task"),
+        ([USER, {**ANSWER, "wo_eos": True}, USER], "wo_eos on the last message only"),
         ([USER, {"role": "model", "content": "x"}], "message 1: wanted a role .* got 'model'"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"message 0 \(user\): wanted content"),
         ([USER, {"role": "assistant", "content": None}], "wanted content as text, got None"),
@@ -220,8 +249,9 @@ def test_a_question_may_speak_of_thinking_marks() -> None:
     [
         ({"variant": "v3"}, "a variant of v4.1, v4, plain, got 'v3'"),
         ({"variant": "plain", "thinking": True}, "plain has no thinking"),
-        ({"variant": "v4", "thinking": True, "reasoning_effort": "max"}, "wants variant v4.1"),
-        ({"variant": "v4.1", "reasoning_effort": 50}, "with thinking=True"),
+        ({"variant": "v4", "thinking": True, "reasoning_effort": "low"}, "of high, max, got 'low'"),
+        ({"variant": "v4", "reasoning_effort": "max"}, "wants thinking=True"),
+        ({"variant": "v4.1", "reasoning_effort": 50}, "wants thinking=True"),
         ({"variant": "v4.1", "thinking": True, "reasoning_effort": 0}, "1 to 100"),
         ({"variant": "v4.1", "thinking": True, "reasoning_effort": "75"}, "1 to 100"),
     ],

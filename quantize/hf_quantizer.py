@@ -127,26 +127,30 @@ def attach(
     total = dict.fromkeys(budgets, 0)
     for (path, _), pack in zip(modules, packs, strict=True):
         total[devices[path]] += pack.nbytes if pack in plain else 0
-    left, taken = [], 0
+    left, taken = [], dict.fromkeys(budgets, 0)
     for (path, module), pack in zip(modules, packs, strict=True):
         device = devices[path]
         if total[device] <= budgets[device] and pack in plain:
             module.attach_resident(pack, device)
-            taken += pack.nbytes if device.type == "cpu" else 0
+            taken[device] += pack.nbytes
         else:
             left.append((path, module, pack))
     if not left:
         return
-    rest = max(host - taken, largest) if taken else host
+    on_host = sum(size for device, size in taken.items() if device.type == "cpu")
+    rest = max(host - on_host, largest) if on_host else host
     store = ExpertStore([pack for _, _, pack in left], rest)
     tiers: dict[torch.device, DeviceTier] = {}
     for layer, (path, module, _) in enumerate(left):
         module.attach_store(store, layer)
         device = devices[path]
-        if device.type == "cuda":
-            if device not in tiers:
-                tiers[device] = DeviceTier(store, device, budgets[device])
-            module.attach_tier(tiers[device])
+        room = budgets[device] - taken[device]
+        # Beside resident experts only drafts are left, which can also do without.
+        if device.type != "cuda" or (taken[device] and room < 2 * largest):
+            continue
+        if device not in tiers:
+            tiers[device] = DeviceTier(store, device, room)
+        module.attach_tier(tiers[device])
     for tier in tiers.values():
         first = next(m for _, m, _ in left if m.tier is tier)
         tier.host_share = host_share(cold_experts, first, tier)

@@ -49,6 +49,8 @@ class PretrainedLoading(_Base):
         config: PreTrainedConfig | str | os.PathLike[str] | None = None,
         dequantize: bool = False,
         expert_memory: str | int | None = None,
+        expert_device_memory: str | int | None = None,
+        cold_experts: str | None = None,
         engram_memory: str | int | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -61,6 +63,8 @@ class PretrainedLoading(_Base):
             dequantize: expand FP4 and FP8 storage to plain weights; exact in bfloat16.
             expert_memory: how much of the routed experts may be resident ("2GiB"); the rest is
                 read from disk when routed to. Wants a directory that `dsv4-quantize` made.
+            expert_device_memory: how much of them may lie in the memory of each GPU.
+            cold_experts: where experts outside of it are computed: "device", "host" or "auto".
             engram_memory: likewise for the Engram tables.
             kwargs: `output_loading_info=True` returns (model, report); tensors of our own layout
                 that are missing or not expected are then listed there instead of refused.
@@ -76,7 +80,13 @@ class PretrainedLoading(_Base):
         directory = _local_directory(pretrained_model_name_or_path, kwargs)
         config, kwargs = _read_config(cls, config or directory, kwargs)
         config._name_or_path = str(pretrained_model_name_or_path)
-        _set_budgets(config, expert_memory=expert_memory, engram_memory=engram_memory)
+        _set_budgets(
+            config,
+            expert_memory=expert_memory,
+            expert_device_memory=expert_device_memory,
+            cold_experts=cold_experts,
+            engram_memory=engram_memory,
+        )
         _check_method(config)
         reporting = bool(kwargs.get("output_loading_info"))
         own = (reporting and _says_own(directory)) or detect_layout(directory) == "dsv4"
@@ -88,9 +98,7 @@ class PretrainedLoading(_Base):
             _pack_experts_beside_bitsandbytes(config, kwargs)
             if dequantize and getattr(config, "quantization_config", None):
                 config.quantization_config["dequantize"] = True
-            return super().from_pretrained(
-                directory, *model_args, config=config, **kwargs
-            )
+            return super().from_pretrained(directory, *model_args, config=config, **kwargs)
         fit_config(config, read_index(directory))
         state = _foreign_state(cls, directory, config, dequantize, kwargs)
         _pack_experts_beside_bitsandbytes(config, kwargs)
@@ -135,12 +143,12 @@ class PretrainedLoading(_Base):
         total: dict[str, float] = {}
         seen: set[int] = set()
         for module in self.modules():
-            store = getattr(module, "store", None)
-            if store is None or id(store) in seen:
-                continue
-            seen.add(id(store))
-            for key, value in store.stats().items():
-                total[key] = total.get(key, 0) + value
+            for part in (getattr(module, "store", None), getattr(module, "tier", None)):
+                if part is None or id(part) in seen:
+                    continue
+                seen.add(id(part))
+                for key, value in part.stats().items():
+                    total[key] = total.get(key, 0) + value
         counts = getattr(getattr(self, "mtp", None), "counts", None)
         return total | (counts.stats() if counts is not None and counts.passes else {})
 

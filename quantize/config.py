@@ -108,12 +108,16 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         weight_block_size: [n, n] if the dense part is in a release's FP8 blocks.
         expert_memory: how much of the experts may be resident, "2GiB" or bytes; a wish of this run.
         engram_memory: likewise of the Engram tables.
+        expert_device_memory: how much of the experts may lie in each GPU's memory.
+        cold_experts: where an expert outside of it is computed: "device", "host" or "auto".
         fields: what else the source's storage says; kept as it is.
     """
 
     method: ClassVar[str] = METHOD
     run_time_keys: ClassVar[frozenset[str]] = ReleaseConfig.run_time_keys | {
         "expert_memory",
+        "expert_device_memory",
+        "cold_experts",
         "engram_memory",
     }
 
@@ -124,12 +128,17 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         weight_block_size: list[int] | None = None,
         expert_memory: str | int | None = None,
         engram_memory: str | int | None = None,
+        expert_device_memory: str | int | None = None,
+        cold_experts: str = "device",
         **fields: Any,
     ) -> None:
         self.recipe = Recipe.from_dict(recipe).to_dict()
         self.packs = packs or []
         self.expert_memory = None if expert_memory is None else parse_size(expert_memory)
         self.engram_memory = None if engram_memory is None else parse_size(engram_memory)
+        given = expert_device_memory
+        self.expert_device_memory = None if given is None else parse_size(given)
+        self.cold_experts = cold_experts
         super().__init__(weight_block_size=weight_block_size, **fields)
 
     def validate(self) -> None:

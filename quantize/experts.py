@@ -18,7 +18,8 @@ from modeling_dsv4.moe import Dsv4Experts, ExpertsBase, Linear, StackedWeight
 from modeling_dsv4.storage import frozen_linear, weight_tiles
 
 from .checksums import FILE as CHECKSUMS
-from .pack import PackFile, PackLayout, PackWriter, pack_file_name
+from .device_tier import DeviceTier, run_waves
+from .pack import PackFile, PackLayout, PackWriter, RecordLayout, pack_file_name
 from .store import ExpertStore, ReadCounts
 
 
@@ -33,6 +34,7 @@ class StoredExperts(ExpertsBase):
         layout: what is in each expert's record.
         packed: [E, record] or [bytes] uint8 if resident, else None; moves with the model.
         store: where records come from if they are on disk, else None.
+        tier: slots in a GPU's memory that the store fills, else None.
     """
 
     packed: torch.Tensor | None
@@ -52,6 +54,8 @@ class StoredExperts(ExpertsBase):
         self._resident_counts = ReadCounts()
         self.register_buffer("packed", None, persistent=False)
         self.store: ExpertStore | None = None
+        self.tier: DeviceTier | None = None
+        self._given: torch.Tensor | None = None
         self._layer = 0
 
     @property
@@ -68,6 +72,10 @@ class StoredExperts(ExpertsBase):
         """Leave the records on disk; this layer is `store.packs[layer]`."""
         self.check_pack(store.packs[layer])
         self.store, self._layer = store, layer
+
+    def attach_tier(self, tier: DeviceTier) -> None:
+        """Compute in slots of a device's memory what no gradient passes."""
+        self.tier = tier
 
     def check_pack(self, pack: PackFile) -> None:
         """Refuse a pack that holds something else.
@@ -90,7 +98,15 @@ class StoredExperts(ExpertsBase):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         self.counts.tokens += hidden_states.shape[0]
+        if self._in_slots(hidden_states, top_k_weights):
+            assert self.tier is not None
+            return run_waves(self, self.tier, hidden_states, top_k_index, top_k_weights)
         return super().forward(hidden_states, top_k_index, top_k_weights)
+
+    def _in_slots(self, x: torch.Tensor, weights: torch.Tensor) -> bool:
+        if self.tier is None or x.device != self.tier.device or self.round_input is not None:
+            return False
+        return not (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad))
 
     def prepare(self, experts: list[int]) -> None:
         if self.store is not None:
@@ -101,13 +117,7 @@ class StoredExperts(ExpertsBase):
         # Experts in different formats are no single tensor: they are computed one by one.
         if self.packed is None or layout is None:
             return None
-        parts = layout.decode(self.packed)
-        # w1 and w3 are apart in a record: [E, 2, F, ...]; the kernels count rows through both.
-        gate_up = {part: tensor.flatten(1, 2) for part, tensor in parts["gate_up_proj"].items()}
-        return (
-            StackedWeight(gate_up, get_format(layout.format("gate_up_proj"))),
-            StackedWeight(parts["down_proj"], get_format(layout.format("down_proj"))),
-        )
+        return stacked_weights(layout, self.packed)
 
     def open_expert(self, expert: int) -> tuple[Linear, Linear]:
         # The last look at a record is the second product's going forward, the first's going back.
@@ -133,9 +143,25 @@ class StoredExperts(ExpertsBase):
 
         return multiply
 
+    @property
+    def layer(self) -> int:
+        """Index of this layer's pack in the store."""
+        return self._layer
+
+    @contextmanager
+    def reading(self, record: torch.Tensor) -> Iterator[None]:
+        """Inside the block every expert's record is this one [nbytes], wherever it lies."""
+        self._given = record
+        try:
+            yield
+        finally:
+            self._given = None
+
     @contextmanager
     def _record(self, expert: int, last: bool) -> Iterator[torch.Tensor]:
-        if self.packed is not None:
+        if self._given is not None:
+            yield self._given
+        elif self.packed is not None:
             yield self.layout.record(self.packed, expert)
         elif self.store is not None:
             with self.store.record(self._layer, expert, last) as record:
@@ -173,7 +199,10 @@ class StoredExperts(ExpertsBase):
         """Bytes by tier of records on disk, and of their buffers; resident ones are a buffer."""
         if self.store is None:
             return {}
-        return {"cpu": self.store.layer_bytes(self._layer), "disk": self.layout.nbytes}
+        held = {"cpu": self.store.layer_bytes(self._layer), "disk": self.layout.nbytes}
+        if self.tier is not None:
+            held[str(self.tier.device)] = self.tier.layer_bytes(self._layer)
+        return held
 
     def save_files(self, directory: str | Path) -> None:
         """Write this layer's pack into a directory; part of `save_pretrained`.
@@ -204,6 +233,19 @@ class StoredExperts(ExpertsBase):
         where = "resident" if self.packed is not None else "on disk"
         sizes = f"{self.num_experts}, {self.hidden_size}, {self.intermediate_size}"
         return f"{sizes}, {formats}, {where}"
+
+
+def stacked_weights(
+    layout: RecordLayout, records: torch.Tensor
+) -> tuple[StackedWeight, StackedWeight]:
+    """Records [E, record] uint8 of one layout as gate_up [E, 2F, D] and down [E, D, F]."""
+    parts = layout.decode(records)
+    # w1 and w3 are apart in a record: [E, 2, F, ...]; the kernels count rows through both.
+    gate_up = {part: tensor.flatten(1, 2) for part, tensor in parts["gate_up_proj"].items()}
+    return (
+        StackedWeight(gate_up, get_format(layout.format("gate_up_proj"))),
+        StackedWeight(parts["down_proj"], get_format(layout.format("down_proj"))),
+    )
 
 
 def _foreign(pack: PackFile, what: str, wanted: object, got: object) -> ValueError:

@@ -22,6 +22,7 @@ from modeling_dsv4.weight_map import Inventory, our_inventory
 
 from .config import METHOD, Dsv4QuantizationConfig, Recipe
 from .dense import packed_entries, store_dense
+from .device_tier import DeviceTier, host_share
 from .experts import StoredExperts
 from .memory import available_memory
 from .pack import PackFile, PackLayout, pack_file_name
@@ -30,6 +31,8 @@ from .store import ExpertStore
 
 # Of the memory that is left once the dense part is loaded, what experts take unless told otherwise.
 _DEFAULT_SHARE = 0.75
+# Left free on a GPU for activations and the cache of a context.
+_WORKSPACE = 2 << 30
 
 
 class Dsv4Quantizer(ReleaseQuantizer):
@@ -55,7 +58,8 @@ class Dsv4Quantizer(ReleaseQuantizer):
         modules = [m for m in model.modules() if isinstance(m, StoredExperts)]
         directory = self._directory or Path(model.config.name_or_path)
         packs = [PackFile.open(directory / pack_file_name(m.name)) for m in modules]
-        attach(model, packs, self.quantization_config.expert_memory)
+        config = self.quantization_config
+        attach(model, packs, config.expert_memory, config.expert_device_memory, config.cold_experts)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     @staticmethod
@@ -89,39 +93,75 @@ def store_experts(model: nn.Module, recipe: Recipe) -> None:
         _replace(model, path, empty)
 
 
-def attach(model: nn.Module, packs: list[PackFile], expert_memory: int | None = None) -> None:
-    """Give every `StoredExperts` its records, resident or on disk.
+def attach(
+    model: nn.Module,
+    packs: list[PackFile],
+    expert_memory: int | None = None,
+    device_memory: int | None = None,
+    cold_experts: str = "device",
+) -> None:
+    """Give every `StoredExperts` its records: resident, or on disk behind memory of both kinds.
 
     Draft stages' experts, which plain decoding never uses, stay on disk in either case.
 
     Args:
         model: with one `StoredExperts` for each pack, in the same order.
         packs: opened packs.
-        expert_memory: bytes of experts that may be resident; None is what fits.
+        expert_memory: bytes of experts that may be resident in host memory; None is what fits.
+        device_memory: likewise in the memory of each GPU that computes layers.
+        cold_experts: where an expert is computed that is not in a GPU's memory: "device", "host",
+            or "auto" (both, by their measured rates).
 
     Raises:
-        ValueError: a pack of another model, or less memory than one expert.
+        ValueError: a pack of another model, or less memory than one expert, or two on a GPU.
     """
     modules = [(p, m) for p, m in model.named_modules() if isinstance(m, StoredExperts)]
-    total = sum(k.nbytes for k in packs if not k.name.startswith("mtp."))
-    budget = expert_memory
-    if budget is None:
-        budget = max(
-            int(_DEFAULT_SHARE * available_memory()),
-            max((pack.layout.largest for pack in packs), default=0),
-        )
-    left = []
+    devices = {path: _device(model, path) for path, _ in modules}
+    plain = [k for k in packs if not k.name.startswith("mtp.")]
+    largest = max((pack.layout.largest for pack in packs), default=0)
+    host = expert_memory
+    if host is None:
+        host = max(int(_DEFAULT_SHARE * available_memory()), largest)
+    budgets = dict.fromkeys(devices.values(), host)
+    budgets |= {d: _device_budget(d, device_memory) for d in budgets if d.type == "cuda"}
+    total = dict.fromkeys(budgets, 0)
+    for (path, _), pack in zip(modules, packs, strict=True):
+        total[devices[path]] += pack.nbytes if pack in plain else 0
+    left, taken = [], dict.fromkeys(budgets, 0)
     for (path, module), pack in zip(modules, packs, strict=True):
-        if total <= budget and not pack.name.startswith("mtp."):
-            module.attach_resident(pack, _device(model, path))
+        device = devices[path]
+        if total[device] <= budgets[device] and pack in plain:
+            module.attach_resident(pack, device)
+            taken[device] += pack.nbytes
         else:
-            left.append((module, pack))
-    if left:
-        largest = max(pack.layout.largest for _, pack in left)
-        rest = max(budget - total, largest) if total <= budget else budget
-        store = ExpertStore([pack for _, pack in left], rest)
-        for layer, (module, _) in enumerate(left):
-            module.attach_store(store, layer)
+            left.append((path, module, pack))
+    if not left:
+        return
+    on_host = sum(size for device, size in taken.items() if device.type == "cpu")
+    rest = max(host - on_host, largest) if on_host else host
+    store = ExpertStore([pack for _, _, pack in left], rest)
+    tiers: dict[torch.device, DeviceTier] = {}
+    for layer, (path, module, _) in enumerate(left):
+        module.attach_store(store, layer)
+        device = devices[path]
+        room = budgets[device] - taken[device]
+        # Beside resident experts only drafts are left, which can also do without.
+        if device.type != "cuda" or (taken[device] and room < 2 * largest):
+            continue
+        if device not in tiers:
+            tiers[device] = DeviceTier(store, device, room)
+        module.attach_tier(tiers[device])
+    for tier in tiers.values():
+        first = next(m for _, m, _ in left if m.tier is tier)
+        tier.host_share = host_share(cold_experts, first, tier)
+
+
+def _device_budget(device: torch.device, given: int | None) -> int:
+    """Bytes for experts in a GPU's memory: as given, or what the dense part and work leave."""
+    if given is not None:
+        return given
+    free, whole = torch.cuda.mem_get_info(device)
+    return max(0, free - max(_WORKSPACE, whole // 8))
 
 
 def _device(model: nn.Module, path: str) -> torch.device:

@@ -86,6 +86,30 @@ class Plan(NamedTuple):
         return (len(self.tiles) * triton.cdiv(size, GEMM_TILES[way][axis]),)
 
 
+class Part(NamedTuple):
+    """Some of a pass's pairs: `order` [P] into the flat pairs, sorted by expert.
+
+    `counts` of these belong to each expert, whose weights lie at `places`; the pass has `experts`
+    in all and `top_k` a token, which decide the tiles.
+    """
+
+    order: torch.Tensor
+    counts: list[int]
+    places: list[int]
+    experts: int
+    top_k: int
+
+    def plan(self, pairs: int) -> Plan:
+        """Tiles as the whole pass of so many pairs has them."""
+        block, first, tiles = _tile_rows(pairs, self.experts), 0, []
+        for place, count in zip(self.places, self.counts, strict=True):
+            starts = range(first, first + count, block)
+            tiles += [(place, start, first + count) for start in starts]
+            first += count
+        device = self.order.device
+        return Plan(self.order, torch.tensor(tiles, dtype=torch.int32).to(device), block)
+
+
 def covers(x: torch.Tensor, *weights: StackedWeight) -> bool:
     """Whether the kernels compute this: dtypes, formats, layout, and no gradient for weights."""
     x = _in_autocast(x)
@@ -229,9 +253,7 @@ def covers_linear(
 def _plan(index: torch.Tensor, experts: int) -> Plan:
     """Sort the pairs of [n, K] ids and cut them into tiles, without asking how many there are."""
     flat = index.flatten()
-    block = 16
-    while block < MOST_ROWS and block * experts < flat.numel():
-        block *= 2
+    block = _tile_rows(flat.numel(), experts)
     ids, order = flat.sort(stable=True)
     ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device), right=True)
     starts = torch.nn.functional.pad(ends[:-1], (1, 0))
@@ -244,6 +266,13 @@ def _plan(index: torch.Tensor, experts: int) -> Plan:
     first = starts[e] + (tile - last[e] + count[e]) * block
     tiles = torch.stack((expert, first, ends[e]), dim=1).to(torch.int32)
     return Plan(order, tiles, block)
+
+
+def _tile_rows(pairs: int, experts: int) -> int:
+    block = 16
+    while block < MOST_ROWS and block * experts < pairs:
+        block *= 2
+    return block
 
 
 def _split(x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -393,3 +422,49 @@ def run(
     if len(x) <= DECODE_ROWS and not learns:
         return _decode(x, routing, index, first, second, limit)
     return _Experts.apply(x, routing, index, first, second, limit)
+
+
+def run_part(
+    x: torch.Tensor,
+    routing: torch.Tensor,
+    part: Part,
+    gate_up: StackedWeight,
+    down: StackedWeight,
+    limit: float | None,
+    y: torch.Tensor,
+) -> None:
+    """Write the rows of some pairs, each its expert's output; their sums are left to the caller.
+
+    A pair's row does not depend on which others are computed with it. No gradient.
+
+    Args:
+        x: [n, D] bfloat16 or float32.
+        routing: [n * K] float32, by pair.
+        part: the pairs, not empty.
+        gate_up: [E, 2F, D], w1 then w3.
+        down: [E, D, F].
+        y: [n * K, D] float32, written at the pairs.
+    """
+    x, first, second = _in_autocast(x), _open(gate_up), _open(down)
+    pairs, f = y.shape[0], first.rows // 2
+    if len(x) <= DECODE_ROWS:
+        places = torch.tensor(part.places).repeat_interleave(torch.tensor(part.counts))
+        index = places.to(x.device)[:, None]
+        rows, weights = x[part.order // part.top_k], routing[part.order][:, None]
+        y[part.order] = _decode(rows, weights.contiguous(), index, first, second, limit)
+        return
+    plan, number, (bound, clamp) = part.plan(pairs), _number_type(x), _limit(limit)
+    u, none = x.new_empty(len(part.order), f), x.new_empty(0, 2 * f)
+    expert_gemm.gate_up_gemm[plan.grid(f, "forward", "BLOCK_N")](
+        _split(x, first), routing, plan.order, plan.tiles, first.codes, first.scale,
+        u, none, len(first.codes), f, first.width, first.scale_columns, *first.strides,
+        second.rows, bound,
+        TOP_K=part.top_k, CLAMP=clamp, SAVE=False, SPLIT_ROWS=second.split,
+        **first.fixed, **plan.blocks("forward", first), **number,
+    )  # fmt: skip
+    expert_gemm.linear_gemm[plan.grid(second.rows, "forward", "BLOCK_N")](
+        u, plan.order, plan.tiles, second.codes, second.scale, y,
+        len(second.codes), second.rows, second.width, second.scale_columns, *second.strides,
+        second.rows, f,
+        SCATTER=True, **second.fixed, **plan.blocks("forward", second), **number,
+    )  # fmt: skip

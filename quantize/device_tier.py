@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fastest tier: slots for expert records in a GPU's memory, filled from an `ExpertStore`.
+
+One tier serves all layers on its device, with one least-recently-used order. A pass goes in waves:
+
+```
+resident experts             ── compute ───────────────┐
+missing, wave 1  ── copy (a stream of its own) ── compute ──┐
+missing, wave 2                  ── copy ──────────── compute ── sum over k
+cold ones, few tokens  ── computed by the CPU, in place ─────┘
+```
+
+Every pair of a token and an expert writes its own row, and the rows of a token are added at the
+end, in the router's order: what was resident, and in how many waves the rest came, changes no bit.
+What the CPU computes differs from the GPU by rounding, so with a `host_share` it may.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from modeling_dsv4 import ops
+from modeling_dsv4.kernel_choice import use_triton
+
+from .sizes import format_size
+from .store import ExpertStore, Key
+
+if TYPE_CHECKING:
+    from .experts import StoredExperts
+
+# Missing experts of one wave: so many copies are in flight while the wave before is computed.
+_WAVE = 8
+# With more tokens than this an expert is used often enough to be worth its copy.
+_FEW_TOKENS = 16
+
+
+@dataclass
+class DeviceCounts:
+    """What one layer asked of a tier.
+
+    Attributes:
+        device_hits: uses of an expert that was in a slot.
+        device_copies: records copied into one.
+        device_bytes_copied: bytes of these.
+        host_computed: uses of an expert that the CPU computed instead.
+    """
+
+    device_hits: int = 0
+    device_copies: int = 0
+    device_bytes_copied: int = 0
+    host_computed: int = 0
+
+
+class Wave(NamedTuple):
+    """Experts that are computed together, and the slot of each."""
+
+    experts: list[int]
+    slots: list[int]
+
+
+class DeviceTier:
+    """Slots of records in a device's memory.
+
+    Args:
+        store: where records come from.
+        device: whose memory.
+        budget: bytes of all slots; at least two records, one computed while the other is copied.
+        host_share: of the missing experts of few tokens, how many the CPU computes: 0 to 1.
+
+    Attributes:
+        slots: [slots, bytes of the largest record] uint8.
+        counts: by layer of the store.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        device: torch.device | str,
+        budget: int,
+        host_share: float = 0.0,
+    ) -> None:
+        size = max(pack.layout.largest for pack in store.packs)
+        if budget < 2 * size:
+            raise ValueError(
+                f"expert_device_memory: wanted at least two experts of {size} bytes "
+                f"({format_size(2 * size)}), got {budget} ({format_size(budget)})"
+            )
+        self.store, self.device, self.budget = store, torch.device(device), budget
+        self.host_share = host_share
+        total = sum(pack.num_experts for pack in store.packs)
+        count = min(budget // size, max(total, 2))
+        self.slots = torch.empty(count, size, dtype=torch.uint8, device=self.device)
+        self.counts = [DeviceCounts() for _ in store.packs]
+        self._places: OrderedDict[Key, int] = OrderedDict()
+        self._free = list(range(count))
+        self._uses: Counter[Key] = Counter()
+        on_gpu = self.device.type == "cuda"
+        self._copies = torch.cuda.Stream(self.device) if on_gpu else None
+        # Records that a copy still reads from, oldest first.
+        self._lent: deque[tuple[Any, ExitStack, int]] = deque()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTier:
+        # As the store: two copies of a model share the memory that was allowed.
+        return self
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all slots."""
+        return self.slots.nbytes
+
+    def stats(self) -> dict[str, float]:
+        """Counts of all layers together."""
+        names = [f.name for f in fields(DeviceCounts)]
+        return {name: sum(getattr(c, name) for c in self.counts) for name in names}
+
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes of slots that hold records of one layer."""
+        return sum(self.slots.shape[1] for held, _ in self._places if held == layer)
+
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether a record is in a slot."""
+        return (layer, expert) in self._places
+
+    def split(self, layer: int, experts: Sequence[int], tokens: int) -> tuple[list[int], list[int]]:
+        """Divide experts into those for the device, and cold ones for the CPU.
+
+        The least used of those that are missing are left to the CPU, `host_share` of them. While
+        there are free slots all are copied.
+        """
+        for e in experts:
+            self._uses[layer, e] += 1
+        missing = [e for e in experts if (layer, e) not in self._places]
+        over = len(missing) - len(self._free)
+        count = min(round(self.host_share * len(missing)), over)
+        if tokens > _FEW_TOKENS or count <= 0:
+            return list(experts), []
+        cold = set(sorted(missing, key=lambda e: self._uses[layer, e])[:count])
+        self.counts[layer].host_computed += len(cold)
+        return [e for e in experts if e not in cold], [e for e in experts if e in cold]
+
+    def waves(self, layer: int, experts: Sequence[int]) -> Iterator[Wave]:
+        """Bring experts of a layer into slots, those first that are there.
+
+        The copies of the next wave are launched before a wave is handed out, so they run while it
+        is computed.
+        """
+        counts = self.counts[layer]
+        here = [e for e in experts if (layer, e) in self._places]
+        missing = [e for e in experts if (layer, e) not in self._places]
+        counts.device_hits += len(here)
+        for e in here:
+            self._places.move_to_end((layer, e))
+        # Two waves lie side by side.
+        most = max(1, min(_WAVE, len(self.slots) // 2))
+        parts = [here] if here else []
+        parts += [missing[i : i + most] for i in range(0, len(missing), most)]
+        pending: Wave | None = None
+        for part in parts:
+            if pending is not None and len(pending.slots) + len(part) > len(self.slots):
+                # No room beside it: computed first, and its slots may then be given up.
+                yield pending
+                pending = None
+            kept = {(layer, e) for e in (*part, *(pending.experts if pending else ()))}
+            slots = [self._bring(layer, e, kept) for e in part]
+            if pending is not None:
+                yield pending
+            self._wait_for_copies()
+            pending = Wave(part, slots)
+        if pending is not None:
+            yield pending
+
+    def _bring(self, layer: int, expert: int, kept: set[Key]) -> int:
+        """The slot of an expert; a copy is launched if it is in none."""
+        key = (layer, expert)
+        if key in self._places:
+            return self._places[key]
+        size = self.store.packs[layer].span(expert)[1]
+        self._return_records(size)
+        with ExitStack() as stack:
+            # Read first: where that fails nothing was given up for it.
+            record = stack.enter_context(self.store.record(layer, expert))
+            slot = self._take_slot(kept)
+            self._copy(record, self.slots[slot, :size])
+            if self._copies is not None:
+                done = torch.cuda.Event()
+                done.record(self._copies)
+                self._lent.append((done, stack.pop_all(), size))
+        self._places[key] = slot
+        self.counts[layer].device_copies += 1
+        self.counts[layer].device_bytes_copied += size
+        return slot
+
+    def _copy(self, record: torch.Tensor, target: torch.Tensor) -> None:
+        if self._copies is None:
+            target.copy_(record)
+            return
+        # What was launched so far may still read the record that lies there.
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copies):
+            target.copy_(record, non_blocking=True)
+
+    def _take_slot(self, kept: set[Key]) -> int:
+        if self._free:
+            return self._free.pop()
+        victim = next(key for key in self._places if key not in kept)
+        return self._places.pop(victim)
+
+    def _wait_for_copies(self) -> None:
+        """What is launched next on the device waits for all copies so far; the host does not."""
+        if self._copies is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)
+
+    def _return_records(self, wanted: int) -> None:
+        """Give records back to the store whose copy is done; wait where they would be too many."""
+        held = sum(size for _, _, size in self._lent)
+        while self._lent:
+            done, stack, size = self._lent[0]
+            if not done.query():
+                if held + wanted <= self.store.budget // 2:
+                    return
+                done.synchronize()
+            self._lent.popleft()
+            stack.close()
+            held -= size
+
+
+def run_waves(
+    module: StoredExperts,
+    tier: DeviceTier,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """What `ExpertsBase.forward` gives, through a tier's slots; no gradient.
+
+    Args:
+        module: experts of one layer whose records the tier's store reads.
+        tier: on x's device.
+        x: [n, D].
+        index: [n, K] int64.
+        weights: [n, K] float32.
+    """
+    (n, k), layer = index.shape, module.layer
+    rows = ops.group_by_expert(index, module.num_experts)
+    ends = list(accumulate(rows.counts))
+    hit = [e for e, size in enumerate(rows.counts) if size]
+    pairs = {e: rows.order[ends[e] - rows.counts[e] : ends[e]] for e in hit}
+    hot, cold = tier.split(layer, hit, n)
+    flat = weights.flatten().float()
+    y = x.new_zeros(n * k, module.hidden_size, dtype=torch.float32)
+    module.prepare([e for e in hit if not tier.holds(layer, e)])
+    for wave in tier.waves(layer, hot):
+        _compute(module, tier, wave, [pairs[e] for e in wave.experts], x, flat, y, k)
+    for e in cold:
+        rows_of = pairs[e] // k
+        out = module.run_expert(e, x[rows_of].cpu(), flat[pairs[e]].cpu())
+        y[pairs[e]] = out.to(y.device, torch.float32)
+    return y.view(n, k, -1).sum(1)
+
+
+def _compute(
+    module: StoredExperts,
+    tier: DeviceTier,
+    wave: Wave,
+    pairs: list[torch.Tensor],
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    y: torch.Tensor,
+    k: int,
+) -> None:
+    """Write the rows y [n * K, D] of a wave's pairs of tokens and experts."""
+    if _by_kernel(module, tier, wave, pairs, x, weights, y, k):
+        return
+    for e, slot, part in zip(wave.experts, wave.slots, pairs, strict=True):
+        with module.reading(tier.slots[slot, : module.layout.of(e).nbytes]):
+            y[part] = module.run_expert(e, x[part // k], weights[part]).float()
+
+
+def _by_kernel(
+    module: StoredExperts,
+    tier: DeviceTier,
+    wave: Wave,
+    pairs: list[torch.Tensor],
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    y: torch.Tensor,
+    k: int,
+) -> bool:
+    layout = module.layout.uniform
+    if layout is None or not use_triton(module.kernels, x):
+        return False
+    from modeling_dsv4.kernels import experts
+
+    from .experts import stacked_weights
+
+    stacked = stacked_weights(layout, tier.slots[:, : layout.nbytes])
+    if not experts.covers(x, *stacked):
+        return False
+    part = experts.Part(
+        torch.cat(pairs), [len(p) for p in pairs], wave.slots, module.num_experts, k
+    )
+    experts.run_part(x, weights, part, *stacked, module.swiglu_limit, y)
+    return True
+
+
+def host_share(cold_experts: str, module: StoredExperts, tier: DeviceTier) -> float:
+    """Of the missing experts of few tokens, how many the CPU computes.
+
+    Args:
+        cold_experts: "device" none, "host" all, "auto" so many that the CPU and the link end
+            together: one expert is copied, and computed in host memory, a few times each.
+        module: one whose records the tier holds.
+        tier: of it.
+
+    Raises:
+        ValueError: another word.
+    """
+    if cold_experts in ("device", "host"):
+        return float(cold_experts == "host")
+    if cold_experts != "auto":
+        raise ValueError(f"cold_experts: wanted device, host or auto, got {cold_experts!r}")
+    x, weight = torch.zeros(1, module.hidden_size, dtype=torch.bfloat16), torch.ones(1)
+    with tier.store.record(module.layer, 0, last=False) as record, torch.no_grad():
+        slot = tier.slots[0, : len(record)]
+        copy = _seconds(lambda: slot.copy_(record), tier.device)
+        with module.reading(record):
+            host = _seconds(lambda: module.run_expert(0, x, weight), tier.device)
+    return copy / (copy + host)
+
+
+def _seconds(work: Any, device: torch.device, times: int = 5) -> float:
+    """Shortest of a few runs, the first not counted; waits for the device."""
+    found = []
+    for _ in range(times + 1):
+        begun = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - begun)
+    return min(found[1:])

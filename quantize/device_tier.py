@@ -30,6 +30,7 @@ import torch
 from modeling_dsv4 import ops
 from modeling_dsv4.kernel_choice import use_triton
 
+from .pinned import pinned
 from .sizes import format_size
 from .store import ExpertStore, Key
 
@@ -104,6 +105,8 @@ class DeviceTier:
         self._uses: Counter[Key] = Counter()
         on_gpu = self.device.type == "cuda"
         self._copies = torch.cuda.Stream(self.device) if on_gpu else None
+        if on_gpu:
+            store.allocate = pinned
         # Records that a copy still reads from, oldest first.
         self._lent: deque[tuple[Any, ExitStack, int]] = deque()
 

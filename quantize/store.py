@@ -11,13 +11,12 @@ record(layer, expert)    ── waits for its own read ──> uint8 view, pinne
 ```
 """
 
-import mmap
 import os
 import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 
 from .pack import PackFile, read_exactly
+from .pinned import page_aligned
 from .sizes import format_size
 
 Key = tuple[int, int]
@@ -104,6 +104,8 @@ class ExpertStore:
                 f"expert_memory: wanted at least one expert of {largest} bytes "
                 f"({format_size(largest)}), got {budget} ({format_size(budget)})"
             )
+        # A tier on a GPU wants pinned memory, from here on.
+        self.allocate: Callable[[int], torch.Tensor] = page_aligned
         self.counts = [ReadCounts() for _ in self.packs]
         self._page_cache = page_cache
         # Of every pack; a record is checked at its first read, and trusted when read again.
@@ -265,8 +267,7 @@ class ExpertStore:
         while self._allocated + size > self.budget:
             self._allocated -= self._free.pop().nbytes
         self._allocated += size
-        # Anonymous and page aligned; pages are only taken when a record is read into them.
-        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        return self.allocate(size)
 
     def _evictable(self, insist: bool) -> Iterator[Key]:
         idle = [k for k, slot in self._slots.items() if not slot.pins and slot.read.done()]

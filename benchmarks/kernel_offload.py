@@ -121,6 +121,8 @@ def decode(modules: list[Any], tier: Any, experts: int, zipf: float) -> dict[str
         if step == WARM_UP - 1:
             before = tier.stats()
     after = tier.stats()
+    if not after["device_copies"]:
+        raise SystemExit("the tier was not used")
     uses = STEPS * TOP_K * len(modules)
     return {
         "seconds": statistics.mean(times[WARM_UP:]),
@@ -175,7 +177,7 @@ def main(
             rows[share] = [decode(modules, tier, experts, zipf)]
             torch.manual_seed(2)
             rows[share].append(prefill(modules, tier, tokens, experts))
-            for found, whole in zip(rows[share], rows[1.0], strict=True):
+            for found, whole in zip(rows[share], rows[1.0][:2], strict=True):
                 if not torch.equal(found["outputs"], whole["outputs"]):
                     broken.append(f"{share:.3f} of the experts in slots: other bits than all")
             modules, tier = build(packs, share, "auto")
@@ -192,7 +194,7 @@ def main(
             f"{1000 * many['seconds']:.1f}", f"{1000 * ideals[1]:.1f}",
             f"{many['seconds'] / ideals[1]:.2f}",
         )  # fmt: skip
-    console = Console()
+    console = Console(width=110)
     console.print(table)
     console.print(f"link: {rate / 1e9:.1f} GB/s from pinned memory, records of one expert")
     for line in broken:

@@ -94,11 +94,13 @@ class DeviceTier:
                 f"expert_device_memory: wanted at least two experts of {size} bytes "
                 f"({format_size(2 * size)}), got {budget} ({format_size(budget)})"
             )
-        self.store, self.device, self.budget = store, torch.device(device), budget
+        self.store, self.budget = store, budget
         self.host_share = host_share
         total = sum(pack.num_experts for pack in store.packs)
         count = min(budget // size, max(total, 2))
-        self.slots = torch.empty(count, size, dtype=torch.uint8, device=self.device)
+        self.slots = torch.empty(count, size, dtype=torch.uint8, device=device)
+        # With its number, as tensors name it.
+        self.device = self.slots.device
         self.counts = [DeviceCounts() for _ in store.packs]
         self._places: OrderedDict[Key, int] = OrderedDict()
         self._free = list(range(count))

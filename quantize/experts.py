@@ -3,6 +3,7 @@
 
 Both read the same records with the same code, so where the experts are changes no bit of a result.
 Nothing of a record outlives the product it was opened for: the backward pass reads it again.
+Without gradients C may compute on the record itself, see `cpu_experts.py`.
 """
 
 import shutil
@@ -17,6 +18,7 @@ from modeling_dsv4.formats import get_format
 from modeling_dsv4.moe import Dsv4Experts, ExpertsBase, Linear, StackedWeight
 from modeling_dsv4.storage import frozen_linear, weight_tiles
 
+from . import cpu_experts
 from .checksums import FILE as CHECKSUMS
 from .device_tier import DeviceTier, run_waves
 from .pack import PackFile, PackLayout, PackWriter, RecordLayout, pack_file_name
@@ -123,6 +125,15 @@ class StoredExperts(ExpertsBase):
         # The last look at a record is the second product's going forward, the first's going back.
         gate_up = self._linear(expert, "gate_up_proj", last=False)
         return gate_up, self._linear(expert, "down_proj", last=True)
+
+    def run_expert(self, expert: int, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        plan = self.round_input is None and cpu_experts.plan_for(
+            self.kernels, self.layout.of(expert), self.swiglu_limit, x, weights, self.packed
+        )
+        if not plan:
+            return super().run_expert(expert, x, weights)
+        with self._record(expert, last=True) as record:
+            return cpu_experts.run(plan, record, x, weights)
 
     def _linear(self, expert: int, projection: str, last: bool) -> Linear:
         layout = self.layout.of(expert)

@@ -158,11 +158,15 @@ def block_size(k: int) -> int:
 @functools.cache
 def _rotations(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric orthogonal matrices: Hadamard inside blocks, Hartley across the blocks of a row."""
-    block = block_size(k)
-    place = torch.arange(k // block, dtype=torch.float64)
+    return hadamard(torch.eye(block_size(k))).to(device), hartley(k).to(device)
+
+
+@functools.cache
+def hartley(k: int) -> torch.Tensor:
+    """How the n blocks of a row of k are mixed: [n, n] float32, symmetric and orthogonal."""
+    place = torch.arange(k // block_size(k), dtype=torch.float64)
     angle = place[:, None] * place * (2 * math.pi / len(place))
-    across = (angle.cos() + angle.sin()) / len(place) ** 0.5
-    return hadamard(torch.eye(block)).to(device), across.float().to(device)
+    return ((angle.cos() + angle.sin()) / len(place) ** 0.5).float()
 
 
 def rotate(w: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 _LOG = logging.getLogger(__name__)
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 _SECONDS = 120
 
 
@@ -74,7 +74,7 @@ def cache_directory() -> Path:
 def build(compiler: str, directory: Path, folder: Path = HERE) -> Path:
     """Compile a folder's sources, unless `directory` holds the result; gives its path."""
     sources = sorted(folder.glob("*.c"))
-    texts = [path.read_bytes() for path in sources]
+    texts = [path.read_bytes() for path in (*sources, *sorted(folder.glob("*.h")))]
     shaped = b"\0".join([*texts, " ".join((compiler, *_FLAGS)).encode(), _processor().encode()])
     target = directory / f"cpu-{hashlib.sha256(shaped).hexdigest()[:24]}.so"
     if target.exists():

@@ -24,7 +24,7 @@ enum { TILE_X = 2, TILE_W = 2 };
 #else
 enum { TILE_X = 2, TILE_W = 2 };
 #endif
-enum { PANEL = 1024, FEW = 4, MOST_ROWS = 128, ROWS = 12 };
+enum { PANEL = 1024, FEW = 4, MOST_ROWS = 128, ROWS = 12, AHEAD = 2048 };
 
 typedef struct {
     Matrix gate, up, down;
@@ -137,7 +137,7 @@ INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t
     vec sum[FEW] = {0}, rest[FEW] = {0};
     for (int64_t b = 0; b < end / block; ++b) {
         vec w[MOST_VECTORS];
-        __builtin_prefetch(r.codes + b * (a->row_bytes * block / a->columns) + 2048);
+        __builtin_prefetch(r.codes + b * block_bytes(kind) + AHEAD);
         const vec scale = unpack(a, &r, kind, b, w);
         for (int i = 0; i < m; ++i) {
             const vec *at = (const vec *)(x + i * stride + b * block);
@@ -155,7 +155,7 @@ INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t
     for (int i = 0; i < m; ++i) out[i * apart] = total(sum[i] + rest[i] * r.factor);
 }
 
-static __attribute__((noinline)) void few(const Matrix *a, const uint8_t *record, int64_t first,
+APART void few(const Matrix *a, const uint8_t *record, int64_t first,
                                           int64_t n, const float *x, int64_t m, float *out,
                                           int64_t apart) {
     const int64_t stride = padded(a);
@@ -219,7 +219,7 @@ INLINE void tile(const float *w, const float *x, int64_t stride, int64_t n, cons
         for (int j = 0; j < TILE_W; ++j) sums[i][j] = sum[i][j];
 }
 
-static __attribute__((noinline)) void tiles(const float *w, const float *x, int64_t stride,
+APART void tiles(const float *w, const float *x, int64_t stride,
                                             int64_t n, int64_t m, vec (*sums)[ROWS]) {
     int64_t i = 0;
     for (; i + TILE_X <= m; i += TILE_X) tile(w, x + i * stride, stride, n, TILE_X, sums + i);

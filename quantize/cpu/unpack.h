@@ -25,6 +25,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline))
 
 enum { LANES = 16, MOST_VECTORS = 16 };
 
@@ -58,6 +59,11 @@ INLINE int is_trellis(int kind) { return kind >= TRELLIS; }
 /* Weights of a block. */
 INLINE int64_t BLOCK(int kind) {
     return kind == FP8 ? 64 : kind == INT2 || kind == T4 ? 256 : 128;
+}
+
+/* Bytes of its codes. */
+INLINE int64_t block_bytes(int kind) {
+    return is_trellis(kind) ? BLOCK(kind) * (kind - TRELLIS) / 16 : kind == INT3 ? 48 : 64;
 }
 
 INLINE int64_t usual_group(int kind) { return kind == FP4 ? 32 : 64; }
@@ -135,7 +141,7 @@ INLINE uint32_t code_of(const Row *r, int bits, int64_t at) {
 }
 
 /* Columns [from, from + n) of a trellis, both even, in their own order and without the factor. */
-INLINE void spell_trellis(const Matrix *a, const Row *r, int bits, int64_t from, int64_t n,
+APART void spell_trellis(const Matrix *a, const Row *r, int bits, int64_t from, int64_t n,
                           float *out) {
     const int64_t first = from / 2;
     uint32_t window = 0;
@@ -147,7 +153,7 @@ INLINE void spell_trellis(const Matrix *a, const Row *r, int bits, int64_t from,
 }
 
 /* Columns [from, from + n) of a row in their own order; a trellis without the row's factor. */
-INLINE void spell(const Matrix *a, const Row *r, int kind, int64_t from, int64_t n, float *out) {
+APART void spell(const Matrix *a, const Row *r, int kind, int64_t from, int64_t n, float *out) {
     if (is_trellis(kind)) {
         spell_trellis(a, r, kind - TRELLIS, from, n, out);
         return;

@@ -24,7 +24,7 @@ enum { TILE_X = 2, TILE_W = 2 };
 #else
 enum { TILE_X = 2, TILE_W = 2 };
 #endif
-enum { PANEL = 1024, FEW = 4, MOST_ROWS = 128, ROWS = 12, AHEAD = 2048 };
+enum { PANEL = 1024, FEW = 4, MOST_ROWS = 128, ROWS = 12, AHEAD = 16384 };
 
 typedef struct {
     Matrix gate, up, down;
@@ -131,7 +131,8 @@ INLINE void add_spelled(const float *w, const float *x, int64_t stride, int64_t 
 /* out[i * apart] = row of the matrix times row i of x. */
 INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t row,
                  const float *x, int64_t stride, const int m, float *out, int64_t apart) {
-    const Row r = row_of(a, record, kind, row);
+    float scratch[row_scratch(a)];
+    const Row r = row_of(a, record, kind, row, scratch);
     const int64_t block = BLOCK(kind), end = blocked(a, kind);
     const int vectors = (int)(block / LANES);
     vec sum[FEW] = {0}, rest[FEW] = {0};
@@ -236,7 +237,7 @@ APART void tiles(const float *w, const float *x, int64_t stride,
 static void many(const Matrix *a, const uint8_t *record, int64_t first, int64_t n, const float *x,
                  int64_t m, float *out, int64_t apart) {
     const int64_t stride = padded(a);
-    float w[ROWS * PANEL];
+    float w[ROWS * PANEL], scratch[row_scratch(a)];
     vec sums[MOST_ROWS][ROWS];
     memset(sums, 0, m * sizeof *sums);
     /* Rows that fill up a tile count for nothing, but are multiplied. */
@@ -245,7 +246,7 @@ static void many(const Matrix *a, const uint8_t *record, int64_t first, int64_t 
         const int64_t wide = stride - from < PANEL ? stride - from : PANEL;
 #define UNPACK(KIND)                                                                            \
     for (int64_t row = 0; row < n; ++row) {                                                     \
-        const Row r = row_of(a, record, KIND, first + row);                                     \
+        const Row r = row_of(a, record, KIND, first + row, scratch);                            \
         unpack_panel(a, &r, KIND, from, wide, w + row * PANEL);                                 \
     }
         WITH_KIND(a->kind, UNPACK)
@@ -269,7 +270,7 @@ static void multiply(const Matrix *a, const uint8_t *record, int64_t first, int6
 /* e^v to two units in the last place; below 2^-126 zero, above all numbers infinity. */
 INLINE vec exponential(vec v) {
     const vec steps = v * 1.44269504f;
-    const vec magic = (vec)splat(0x4b400000u);
+    const vec magic = splat(12582912.f); /* 1.5 * 2^23: what is added to it is rounded */
     /* Clamped where the result is 0 or infinite anyhow; a NaN goes through `v`. */
     const ivec low = steps < -127.f, high = steps > 128.f;
     const vec n = (steps + magic) - magic;
@@ -299,7 +300,7 @@ static void swiglu(const float *gate, const float *up, float limit, float weight
         memcpy(&g, gate + at, bytes);
         memcpy(&v, up + at, bytes);
         const ivec g_over = g > limit, v_over = v > limit, v_under = v < -limit;
-        const ivec top = (ivec)((vec){0} + limit), bottom = (ivec)((vec){0} - limit);
+        const ivec top = (ivec)splat(limit), bottom = (ivec)splat(-limit);
         g = (vec)((g_over & top) | (~g_over & (ivec)g));
         v = (vec)((v_over & top) | (v_under & bottom) | (~(v_over | v_under) & (ivec)v));
         const vec product = g / (1 + exponential(-g)) * v * weight;

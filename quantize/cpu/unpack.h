@@ -51,7 +51,8 @@ typedef struct {
 
 typedef struct {
     const uint8_t *codes, *scales, *zeros, *end;
-    float factor; /* of the whole row */
+    const float *scale; /* of every group in blocks, in E8M0 formats */
+    float factor;       /* of the whole row */
 } Row;
 
 INLINE int is_trellis(int kind) { return kind >= TRELLIS; }
@@ -101,7 +102,11 @@ INLINE uint32_t word(const uint8_t *at) {
     return value;
 }
 
-INLINE uint32_t half_word(const uint8_t *at) { return at[0] | (uint32_t)at[1] << 8; }
+INLINE uint32_t half_word(const uint8_t *at) {
+    uint16_t value;
+    memcpy(&value, at, sizeof value);
+    return value;
+}
 
 static const float E2M1[16] = {0,    .5f,  1,  1.5f,  2,  3,  4,  6,
                                -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
@@ -109,10 +114,6 @@ static const float E2M1[16] = {0,    .5f,  1,  1.5f,  2,  3,  4,  6,
 /* E8M0: 2^(byte - 127); the least is subnormal, 255 is NaN. */
 INLINE float e8m0(uint32_t byte) {
     return bits_to_float(byte << 23 | (byte == 0 || byte == 255 ? 0x400000u : 0));
-}
-
-INLINE vec e8m0_lanes(uvec byte) {
-    return (vec)(byte << 23 | ((uvec)(((byte + 1) & 254) == 0) & 0x400000u));
 }
 
 INLINE float e4m3(uint32_t byte) {
@@ -123,12 +124,23 @@ INLINE float e4m3(uint32_t byte) {
     return sign ? -value : value;
 }
 
-INLINE Row row_of(const Matrix *a, const uint8_t *record, int kind, int64_t row) {
+/* Numbers of scratch that `row_of` wants. */
+INLINE int64_t row_scratch(const Matrix *a) { return a->columns / 32 + LANES; }
+
+INLINE Row row_of(const Matrix *a, const uint8_t *record, int kind, int64_t row, float *scratch) {
     Row r = {record + a->codes + row * a->row_bytes,
              record + a->scales + row / a->row_block * a->scale_bytes,
-             record + a->zeros + row * a->zero_bytes, NULL, 1};
+             record + a->zeros + row * a->zero_bytes, NULL, NULL, 1};
     r.end = r.codes + a->row_bytes;
-    if (is_trellis(kind)) r.factor = bits_to_float(half_word(r.scales) << 16);
+    if (is_trellis(kind)) {
+        r.factor = bits_to_float(half_word(r.scales) << 16);
+        return r;
+    }
+    if (kind == FP4 || kind == FP8) {
+        const int64_t groups = (blocked(a, kind) + a->group - 1) / a->group;
+        for (int64_t g = 0; g < groups; ++g) scratch[g] = e8m0(r.scales[g]);
+        r.scale = scratch;
+    }
     return r;
 }
 
@@ -218,24 +230,40 @@ INLINE vec e4m3_lanes(uvec code) {
     return (vec)((uvec)value | (code & 128) << 24 | nan);
 }
 
+/* Lane l gets at[l / lanes]; 16 numbers may be read. */
+INLINE vec spread(const float *at, int lanes) {
+#if defined(WIDE)
+    static const int32_t four[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3},
+                         eight[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+    const __m512i place = _mm512_loadu_si512(lanes == 4 ? four : eight);
+    return (vec)_mm512_permutexvar_ps(place, _mm512_loadu_ps(at));
+#else
+    vec out;
+    for (int l = 0; l < LANES; ++l) out[l] = at[l / lanes];
+    return out;
+#endif
+}
+
+INLINE vec splat(float value) { return (vec){0} + value; }
+
 static const uvec FOUR_BYTES = {0, 0, 0, 0, 8, 8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 24};
 static const uvec TWO_BYTES = {0, 0, 0, 0, 0, 0, 0, 0, 8, 8, 8, 8, 8, 8, 8, 8};
 static const uvec TWO_HALVES = {16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0};
 static const uvec FOUR_HALVES = {16, 16, 16, 16, 0, 0, 0, 0, 16, 16, 16, 16, 0, 0, 0, 0};
 static const uvec FIRST_LANES = {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
 
-INLINE uvec splat(uint32_t value) { return (uvec){0} + value; }
+INLINE uvec same(uint32_t bits) { return (uvec){0} + bits; }
 
 /* Scales and zeros of block `b` of a grid: two groups, or four of 2-bit codes. */
 INLINE vec grid_lanes(const Row *r, int bits, int64_t b, vec *zero) {
     uvec scale, place;
     if (bits == 2) {
-        const uvec low = splat(word(r->scales + 8 * b)), high = splat(word(r->scales + 8 * b + 4));
+        const uvec low = same(word(r->scales + 8 * b)), high = same(word(r->scales + 8 * b + 4));
         scale = ((low & FIRST_LANES) | (high & ~FIRST_LANES)) << FOUR_HALVES;
-        place = splat(word(r->zeros + 4 * b)) >> FOUR_BYTES;
+        place = same(word(r->zeros + 4 * b)) >> FOUR_BYTES;
     } else {
-        scale = splat(word(r->scales + 4 * b)) << TWO_HALVES;
-        place = splat(half_word(r->zeros + 2 * b)) >> TWO_BYTES;
+        scale = same(word(r->scales + 4 * b)) << TWO_HALVES;
+        place = same(half_word(r->zeros + 2 * b)) >> TWO_BYTES;
     }
     *zero = __builtin_convertvector((ivec)(place & 255), vec) * (1.f / (float)(1 << (8 - bits)));
     return (vec)(scale & 0xffff0000u);
@@ -268,10 +296,10 @@ INLINE vec unpack(const Matrix *a, const Row *r, int kind, int64_t b, vec *w) {
     if (is_trellis(kind)) {
 #ifdef BYTE_SHUFFLES
         unpack_trellis(a, r, kind - TRELLIS, b, w);
-        return (vec)splat(0) + r->factor * 0x1p-29f;
+        return splat(r->factor * 0x1p-29f);
 #else
         spell_trellis(a, r, kind - TRELLIS, b * BLOCK(kind), BLOCK(kind), (float *)w);
-        return (vec)splat(0) + r->factor;
+        return splat(r->factor);
 #endif
     }
     if (kind == INT2 || kind == INT3 || kind == INT4) {
@@ -286,11 +314,10 @@ INLINE vec unpack(const Matrix *a, const Row *r, int kind, int64_t b, vec *w) {
     const uvec codes = *(const uvec *)(r->codes + 64 * b);
     if (kind == FP4) {
         for (int j = 0; j < vectors; ++j) w[j] = e2m1_lanes(codes >> 4 * j);
-        return e8m0_lanes(splat(word(r->scales + 4 * b)) >> FOUR_BYTES & 255);
+        return spread(r->scale + 4 * b, 4);
     }
     for (int j = 0; j < vectors; ++j) w[j] = e4m3_lanes(codes >> 8 * j & 255);
-    if (a->group == 32) return e8m0_lanes(splat(half_word(r->scales + 2 * b)) >> TWO_BYTES & 255);
-    return (vec)splat(0) + e8m0(r->scales[64 * b / a->group]);
+    return a->group == 32 ? spread(r->scale + 2 * b, 8) : splat(r->scale[64 * b / a->group]);
 }
 
 #endif

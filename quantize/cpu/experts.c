@@ -24,7 +24,9 @@ enum { TILE_X = 2, TILE_W = 2 };
 #else
 enum { TILE_X = 2, TILE_W = 2 };
 #endif
-enum { PANEL = 1024, FEW = 4, MOST_ROWS = 128, ROWS = 12, AHEAD = 16384 };
+enum { PANEL = 1024, PANEL_STRIDE = PANEL + LANES, ROWS = 12, MOST_ROWS = 128 };
+/* Rows of x that are few; bytes of codes that are fetched ahead. */
+enum { FEW = 8, AHEAD = 16384 };
 
 typedef struct {
     Matrix gate, up, down;
@@ -42,6 +44,9 @@ typedef struct {
 INLINE int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
 INLINE int64_t padded(const Matrix *a) { return round_up(a->columns, LANES); }
+
+/* Of rows in the order of unpack.h. Powers of two would put all rows in the same sets of a cache. */
+INLINE int64_t stride_of(const Matrix *a) { return padded(a) + LANES; }
 
 INLINE float total(vec v) {
 #if defined(WIDE)
@@ -111,13 +116,13 @@ static void prepare(const Matrix *a, const float *row, float *ready) {
 static void prepare_x(void *argument, int64_t row) {
     const Call *c = argument;
     const Matrix *a = &c->expert->gate;
-    prepare(a, c->x + row * a->columns, c->ready + row * padded(a));
+    prepare(a, c->x + row * a->columns, c->ready + row * stride_of(a));
 }
 
 static void prepare_u(void *argument, int64_t row) {
     const Call *c = argument;
     const Matrix *a = &c->expert->down;
-    prepare(a, c->u + row * a->columns, c->ready + row * padded(a));
+    prepare(a, c->u + row * a->columns, c->ready + row * stride_of(a));
 }
 
 /* --- few rows: products of weights in registers ------------------------------------------------*/
@@ -128,14 +133,14 @@ INLINE void add_spelled(const float *w, const float *x, int64_t stride, int64_t 
             sum[i] += *(const vec *)(w + c) * *(const vec *)(x + i * stride + c);
 }
 
-/* out[i * apart] = row of the matrix times row i of x. */
+/* out[i * apart] = row of the matrix times row i of x, of one to four. */
 INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t row,
                  const float *x, int64_t stride, const int m, float *out, int64_t apart) {
     float scratch[row_scratch(a)];
     const Row r = row_of(a, record, kind, row, scratch);
     const int64_t block = BLOCK(kind), end = blocked(a, kind);
     const int vectors = (int)(block / LANES);
-    vec sum[FEW] = {0}, rest[FEW] = {0};
+    vec sum[4] = {0}, rest[4] = {0};
     for (int64_t b = 0; b < end / block; ++b) {
         vec w[MOST_VECTORS];
         __builtin_prefetch(r.codes + b * block_bytes(kind) + AHEAD);
@@ -156,19 +161,22 @@ INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t
     for (int i = 0; i < m; ++i) out[i * apart] = total(sum[i] + rest[i] * r.factor);
 }
 
-APART void few(const Matrix *a, const uint8_t *record, int64_t first,
-                                          int64_t n, const float *x, int64_t m, float *out,
-                                          int64_t apart) {
-    const int64_t stride = padded(a);
+/* Two rows of x at a time: those lie in the first cache, and for the next two the weights do.
+ * Four where unpacking costs more than reading four rows from the second cache. */
+APART void few(const Matrix *a, const uint8_t *record, int64_t first, int64_t n, const float *x,
+               int64_t m, float *out, int64_t apart) {
+    const int64_t stride = stride_of(a);
 #define ROWS_OF(KIND, M)                                                                        \
     for (int64_t row = 0; row < n; ++row)                                                       \
         dots(a, record, KIND, first + row, x, stride, M, out + row, apart)
 #define FEW_ROWS(KIND)                                                                          \
     if (m == 1) ROWS_OF(KIND, 1);                                                               \
-    else if (m == 2) ROWS_OF(KIND, 2);                                                          \
+    else if (m == 2 || !is_trellis(KIND)) ROWS_OF(KIND, 2);                                     \
     else if (m == 3) ROWS_OF(KIND, 3);                                                          \
     else ROWS_OF(KIND, 4)
-    WITH_KIND(a->kind, FEW_ROWS)
+    const int64_t step = is_trellis(a->kind) ? 4 : 2;
+    for (; m > 0; m -= step, x += step * stride, out += step * apart)
+        WITH_KIND(a->kind, FEW_ROWS)
 #undef FEW_ROWS
 #undef ROWS_OF
 }
@@ -206,7 +214,7 @@ INLINE void tile(const float *w, const float *x, int64_t stride, int64_t n, cons
     for (int64_t c = 0; c < n; c += LANES) {
         vec row[TILE_W];
 #pragma GCC unroll 8
-        for (int j = 0; j < TILE_W; ++j) row[j] = *(const vec *)(w + j * PANEL + c);
+        for (int j = 0; j < TILE_W; ++j) row[j] = *(const vec *)(w + j * PANEL_STRIDE + c);
 #pragma GCC unroll 8
         for (int i = 0; i < m; ++i) {
             const vec at = *(const vec *)(x + i * stride + c);
@@ -236,23 +244,24 @@ APART void tiles(const float *w, const float *x, int64_t stride,
 /* At most ROWS rows of a matrix by all of x. */
 static void many(const Matrix *a, const uint8_t *record, int64_t first, int64_t n, const float *x,
                  int64_t m, float *out, int64_t apart) {
-    const int64_t stride = padded(a);
-    float w[ROWS * PANEL], scratch[row_scratch(a)];
+    const int64_t stride = stride_of(a);
+    float w[ROWS * PANEL_STRIDE], scratch[row_scratch(a)];
     vec sums[MOST_ROWS][ROWS];
+    const int64_t end = padded(a);
     memset(sums, 0, m * sizeof *sums);
     /* Rows that fill up a tile count for nothing, but are multiplied. */
-    memset(w + n * PANEL, 0, (ROWS - n) * PANEL * sizeof *w);
-    for (int64_t from = 0; from < stride; from += PANEL) {
-        const int64_t wide = stride - from < PANEL ? stride - from : PANEL;
+    memset(w + n * PANEL_STRIDE, 0, (ROWS - n) * PANEL_STRIDE * sizeof *w);
+    for (int64_t from = 0; from < end; from += PANEL) {
+        const int64_t wide = end - from < PANEL ? end - from : PANEL;
 #define UNPACK(KIND)                                                                            \
     for (int64_t row = 0; row < n; ++row) {                                                     \
         const Row r = row_of(a, record, KIND, first + row, scratch);                            \
-        unpack_panel(a, &r, KIND, from, wide, w + row * PANEL);                                 \
+        unpack_panel(a, &r, KIND, from, wide, w + row * PANEL_STRIDE);                                 \
     }
         WITH_KIND(a->kind, UNPACK)
 #undef UNPACK
         for (int64_t row = 0; row < n; row += TILE_W)
-            tiles(w + row * PANEL, x + from, stride, wide, m, (vec(*)[ROWS])(&sums[0][row]));
+            tiles(w + row * PANEL_STRIDE, x + from, stride, wide, m, (vec(*)[ROWS])(&sums[0][row]));
     }
     for (int64_t i = 0; i < m; ++i)
         for (int64_t row = 0; row < n; ++row) out[i * apart + row] = total(sums[i][row]);
@@ -336,7 +345,7 @@ static void share_rows(const Call *c, Task task, int64_t rows) {
 int64_t dsv4_expert_scratch(const Expert *e, int64_t m) {
     const int64_t rows = m < MOST_ROWS ? m : MOST_ROWS;
     const int64_t widest = e->gate.columns > e->down.columns ? e->gate.columns : e->down.columns;
-    return rows * (round_up(widest, LANES) + e->gate.rows);
+    return rows * (round_up(widest, LANES) + LANES + e->gate.rows);
 }
 
 /* x [m, D] contiguous, weights [m], scratch of the size above -> y [m, D]; m at least 1. */

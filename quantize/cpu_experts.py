@@ -182,9 +182,7 @@ def _(record: torch.Tensor, x: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def run(
-    plan: Plan, record: torch.Tensor, x: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def run(plan: Plan, record: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """One expert on its own rows.
 
     Args:

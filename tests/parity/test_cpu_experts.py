@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from modeling_dsv4.cpu import build
-from modeling_dsv4.formats import get_format
 from modeling_dsv4.moe import ExpertsBase
 from quantize import cpu_experts
 from quantize.experts import StoredExperts

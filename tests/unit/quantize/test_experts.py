@@ -59,7 +59,7 @@ def open_stored(pack: PackFile) -> Open:
             experts.attach_resident(pack)
         else:
             experts.attach_store(PoisonedStore([pack], capacity * pack.layout.largest), 0)
-        # Packed experts have no twin in C (tests/parity/test_cpu_experts.py), and bits are compared.
+        # Bits are compared, and packed experts have no twin in C.
         experts.kernels = "torch"
         return experts
 

@@ -354,7 +354,7 @@ def test_a_process_ends_with_its_threads_asleep_or_at_work(tmp_path: Path) -> No
     lines = (
         "#include <stdint.h>",
         "void dsv4_share(void (*)(void *, int64_t), void *, int64_t, int64_t);",
-        "static void add(void *sum, int64_t chunk) { __sync_fetch_and_add((int64_t *)sum, chunk); }",
+        "static void add(void *sum, int64_t n) { __sync_fetch_and_add((int64_t *)sum, n); }",
         "int main(void) {",
         "    int64_t sum = 0;",
         f"    for (int i = 0; i < {calls}; ++i) dsv4_share(add, &sum, 1 + i % 7, 1 + i % 5);",

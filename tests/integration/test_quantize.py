@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import quantize
 from modeling_dsv4 import Dsv4ForCausalLM
+from modeling_dsv4.kernel_choice import set_kernels
 from quantize.convert import convert
 from quantize.experts import StoredExperts
 from quantize.pack import PackFile
@@ -61,6 +62,10 @@ def test_a_converted_release_answers_as_the_release(case: tuple[Path, Path]) -> 
     release, converted = case
     a, b = load(release), load(converted)
     ids = prompt(a)
+    # Experts in packs alone have a twin in C, which adds in another order.
+    torch.testing.assert_close(logits(b, ids), logits(a, ids), rtol=1e-4, atol=1e-4)
+    for model in (a, b):
+        set_kernels(model, "torch")
     assert torch.equal(logits(a, ids), logits(b, ids))
 
 

@@ -36,7 +36,9 @@ _THREADS = 64
 _LEAST_SHARE = 16
 # More misses than this go to the threads at once: trying each would hold the pass up.
 _TRIED = 256
+# Where the system has them: read what it holds already, and have it fetch ranges meanwhile.
 _NO_WAIT = getattr(os, "RWF_NOWAIT", None)
+_WILL_NEED = getattr(os, "POSIX_FADV_WILLNEED", None)
 
 
 @dataclass
@@ -179,13 +181,18 @@ class RowStore:
         ends = begin[np.array(cuts[1:]) - 1] + size
         self.counts.engram_bytes_read += int((ends - begin[np.array(cuts[:-1])]).sum())
 
+        descriptor, few = self._files[table], len(spans) <= _TRIED
+
         def read(some: list[tuple[int, int]]) -> None:
+            if few and _WILL_NEED is not None:
+                for a, b in some:
+                    length = offsets[b - 1] + size - offsets[a]
+                    os.posix_fadvise(descriptor, offsets[a], length, _WILL_NEED)
             for span in some:
                 self._read(table, batch.rows, places, offsets, span)
 
-        if len(spans) <= _TRIED:
-            descriptor, view = self._files[table], batch.rows.data.cast("B")
-            width = self._row_bytes
+        if few:
+            view, width = batch.rows.data.cast("B"), self._row_bytes
             spans = [
                 (a, b) for a, b in spans
                 if b - a > 1
@@ -194,6 +201,9 @@ class RowStore:
         share = max(-(-len(spans) // self._threads), 1)
         if len(spans) > self._threads:
             share = max(share, _LEAST_SHARE)
+        elif _WILL_NEED is not None:
+            # The disk is asked for all of them at once by one thread: waking many costs more.
+            share = max(len(spans), 1)
         for at in range(0, len(spans), share):
             batch.reads.append(self._pool.submit(read, spans[at : at + share]))
 

@@ -244,7 +244,8 @@ class Drafter:
             self.model(fed, attention_mask=real, past_key_values=self.cache, logits_to_keep=1)
 
     def _fetched(self) -> float:
-        return sum(float(s.stats()["bytes_read"]) for s in self._stores.values())
+        # Rows of Engram tables are nothing beside experts, and have counts of their own.
+        return sum(float(s.stats().get("bytes_read", 0)) for s in self._stores.values())
 
 
 def decode_with_drafts(

@@ -13,6 +13,9 @@ streams [N, D] ────────────── gate (one per stream) 
 V4.1 has no short convolution.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -69,10 +72,33 @@ class Engram(nn.Module):
             live: [B, S] bool, false on image tokens, whose gate is 0; None = all live.
         """
         n, d = streams.shape[-2:]
-        memory = self.embed(rows).flatten(-2).to(streams.dtype)
+        # A table may be in another place than the layer: its rows come to the streams.
+        memory = self.embed(rows).flatten(-2).to(streams)
         key, value = self.kv_proj(memory).split([n * d, d], dim=-1)
         key = key.unflatten(-1, (n, d))
         return self.gate(streams, key, value, self.q_weight, self.k_weight, live)[1]
+
+
+def start_reads(layers: Iterable[nn.Module], rows: torch.Tensor) -> torch.Tensor:
+    """Tell tables on disk the rows of the whole pass, before its first layer.
+
+    Everything is hashed by now, so the reads of a late layer hide behind all layers before it.
+
+    Args:
+        layers: of the model, in their order.
+        rows: [layers, B, S, P] of all Engram layers.
+
+    Returns:
+        The rows, on the CPU if tables are read there.
+    """
+    found = (module for layer in layers for module in layer.children())
+    tables: list[Any] = [module.embed for module in found if isinstance(module, Engram)]
+    if all(getattr(table, "store", None) is None for table in tables):
+        return rows
+    rows = rows.cpu()
+    for table, ids in zip(tables, rows, strict=True):
+        table.announce(ids)
+    return rows
 
 
 def lookup_rows(

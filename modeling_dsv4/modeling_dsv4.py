@@ -29,7 +29,7 @@ from .blocks import Dsv4DecoderLayer, Pass
 from .cache import Dsv4Cache
 from .configuration_dsv4 import Dsv4Config
 from .draft import Dsv4DraftHead
-from .engram import lookup_rows
+from .engram import lookup_rows, start_reads
 from .engram_hash import EngramHash
 from .generating import Dsv4Generation
 from .hyper_connection import HyperHead, first_pre
@@ -357,12 +357,12 @@ class Dsv4Model(Dsv4PreTrainedModel):
         if self.engram_hash is not None:
             if ids is None:
                 raise ValueError(
-                    "Engram looks memory up by token id: wanted `input_ids` beside "
-                    "`inputs_embeds`, got none; pass both"
+                    "Engram looks memory up by token id: wanted `input_ids` too, got none"
                 )
             told.live = None if types is None else types < 0
             ring = None if cache is None else cache.ngrams
-            told.engram_rows = lookup_rows(self.engram_hash, ids, told.live, segments, ring)
+            found = lookup_rows(self.engram_hash, ids, told.live, segments, ring)
+            told.engram_rows = start_reads(self.layers, found)
         return told
 
     def _run(

@@ -8,7 +8,7 @@ without holes. Every departure is refused by name of the file, before a byte of 
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 # The limit of the safetensors library itself.
 _MAX_HEADER = 100_000_000
+# Bytes of a tensor with gaps that are copied at a time.
+_COPIED = 1 << 26
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -255,20 +257,26 @@ def write_file(
     with path.open("wb") as file:
         file.write(raw)
         for name in spans:
-            file.write(_tensor_bytes(name, get(name), entries[name]))
+            for part in _tensor_bytes(name, get(name), entries[name]):
+                file.write(part)
         file.flush()
         os.fsync(file.fileno())
 
 
 def _tensor_bytes(
     name: str, tensor: torch.Tensor, entry: tuple[str, tuple[int, ...]]
-) -> memoryview:
+) -> Iterator[memoryview]:
     dtype, shape = entry
     if tensor.dtype is not DTYPES[dtype] or tuple(tensor.shape) != shape:
         raise ValueError(
             f"{name}: wanted {dtype} {shape} to write, got {tensor.dtype} {tuple(tensor.shape)}"
         )
-    return memoryview(_as_bytes(tensor.detach().cpu().contiguous()))
+    tensor = tensor.detach()
+    whole = tensor.is_contiguous() or not tensor.dim() or not tensor.numel()
+    # A tensor with gaps may be mapped from a file larger than memory: never copied as a whole.
+    row = 1 if whole else tensor.nbytes // tensor.shape[0]
+    for part in (tensor,) if whole else tensor.split(max(_COPIED // max(row, 1), 1)):
+        yield memoryview(_as_bytes(part.cpu().contiguous()))
 
 
 def _as_bytes(tensor: torch.Tensor) -> Any:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from modeling_dsv4.safetensors_file import read_header
 
 from .pack import PackFile, read_exactly
+from .tables import TableFile
 
 FILE = "checksums.json"
 _CHUNK = 1 << 24
@@ -28,7 +29,8 @@ _CHUNK = 1 << 24
 class FileSums:
     """One finished file: its size, the checksum of its header, those of its tensors.
 
-    A pack has none in `tensors`: its experts' are in the file itself.
+    An Engram table has those of its blocks of rows by number. A pack has none in `tensors`: its
+    experts' are in the file itself.
     """
 
     nbytes: int
@@ -148,6 +150,8 @@ def damages(directory: Path, sums: Checksums) -> Iterator[str]:
             yield f"{name}: wanted {wanted.nbytes} bytes, got {path.stat().st_size}"
         elif header_checksum(path) != wanted.header:
             yield f"{name}: its header is damaged" if name.endswith("rs") else f"{name}: damaged"
+        elif name.startswith("engram-"):
+            yield from _damaged_blocks(path, wanted)
         elif wanted.tensors:
             yield from _damaged_tensors(path, wanted)
         elif name.endswith(".safetensors"):
@@ -162,6 +166,17 @@ def _damaged_tensors(path: Path, wanted: FileSums) -> Iterator[str]:
             crc = span_checksum(path, file.fileno(), info.start, info.end - info.start)
             if crc != wanted.tensors[name]:
                 yield f"{path.name}: {name} is damaged"
+
+
+def _damaged_blocks(path: Path, wanted: FileSums) -> Iterator[str]:
+    table = TableFile.open(path)
+    row, step = table.layout.nbytes, table.block_rows
+    with path.open("rb", buffering=0) as file:
+        for number, start in enumerate(range(0, table.num_rows, step)):
+            stop = min(start + step, table.num_rows)
+            begin, nbytes = table.start + start * row, (stop - start) * row
+            if span_checksum(path, file.fileno(), begin, nbytes) != wanted.tensors[str(number)]:
+                yield f"{path.name}: {table.name} is damaged in rows {start} to {stop - 1}"
 
 
 def span_checksum(path: Path, descriptor: int, start: int, nbytes: int) -> int:

@@ -81,8 +81,10 @@ def plan(
     )
     for note in _notes(placed):
         console.print(note)
-    if placed.lookup_loads:
-        console.print(f'load with from_pretrained(..., expert_memory="{placed.expert_memory}B")')
+    engram = ', engram_memory="256MiB"' if placed.lookup_in == "disk" else ""
+    console.print(
+        f'load with from_pretrained(..., expert_memory="{placed.expert_memory}B"{engram})'
+    )
 
 
 @app.command(epilog="Example: dsv4-quantize convert DeepSeek-V4-Flash flash-fp4 --recipe fp4")
@@ -292,18 +294,16 @@ def _line_per_file(console: Console) -> Callable[[str, int], None]:
 
 def _plan_data(plan: Plan) -> dict[str, Any]:
     sizes, machine, notes = plan.sizes, plan.machine, _notes(plan)
-    engram = {"engram_on_disk_supported": False} if plan.lookup_in == "disk" else {}
     return {
         "sizes": {**vars(sizes), "experts": sizes.experts, "routed_per_token": sizes.routed},
         "machine": vars(machine),
         "experts_in": plan.experts_in,
         "lookup_in": plan.lookup_in,
         "expert_memory": plan.expert_memory,
-        "fits": plan.problem is None and plan.lookup_loads,
+        "fits": plan.problem is None,
         "problem": plan.problem,
         "derived_tokens_per_second": {"serial": plan.serial, "overlapped": plan.overlapped},
         "limit": plan.limit,
-        **engram,
         **({"note": "; ".join(notes)} if notes else {}),
     }
 
@@ -311,11 +311,6 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
 def _notes(plan: Plan) -> list[str]:
     """Where the plan is arithmetic, and this version does otherwise."""
     notes, sizes = [], plan.sizes
-    if plan.lookup_in == "disk":
-        room = "" if plan.lookup_loads else f", which cannot hold their {format_size(sizes.lookup)}"
-        notes.append(
-            f"lookup tables on disk are arithmetic: this version loads them into memory{room}"
-        )
     if 0 < plan.experts_in["vram"] < sizes.num_experts:
         notes.append(
             "a part of the experts in VRAM is arithmetic: this version keeps experts in RAM or on "

@@ -105,6 +105,7 @@ class Dsv4QuantizationConfig(ReleaseConfig):
     Args:
         recipe: formats of the routed experts.
         packs: description of the records in the expert packs, for readers; the packs say the same.
+        engram_tables: {module path: format of its rows} of tables that are files of their own.
         weight_block_size: [n, n] if the dense part is in a release's FP8 blocks.
         expert_memory: how much of the experts may be resident, "2GiB" or bytes; a wish of this run.
         engram_memory: likewise of the Engram tables.
@@ -130,6 +131,7 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         engram_memory: str | int | None = None,
         expert_device_memory: str | int | None = None,
         cold_experts: str = "device",
+        engram_tables: Mapping[str, str] | None = None,
         **fields: Any,
     ) -> None:
         self.recipe = Recipe.from_dict(recipe).to_dict()
@@ -139,6 +141,8 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         given = expert_device_memory
         self.expert_device_memory = None if given is None else parse_size(given)
         self.cold_experts = cold_experts
+        # Directories of before there were any do not say so.
+        self.engram_tables = dict(engram_tables or {})
         super().__init__(weight_block_size=weight_block_size, **fields)
 
     def validate(self) -> None:

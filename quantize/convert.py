@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a checkpoint: routed experts into packs, everything else as its source has it.
+"""Convert a checkpoint: experts into packs, Engram tables into rows, the rest as its source has it.
 
 The source is streamed in the order of its shards, a few experts or a few megabytes of a dense
 tensor at a time, and every byte is read once. `config.json` comes last, so a directory that loads
@@ -29,7 +29,7 @@ from modeling_dsv4.safetensors_file import INDEX
 from .checksums import FILE as CHECKSUMS
 from .checksums import Checksums, copy_file, write_text
 from .config import METHOD, Recipe
-from .dense import DensePart, part_tiles
+from .dense import part_tiles, table_tiles
 from .encode import Statistics, encode_expert, keeps_bytes
 from .hub import HubOrigin, is_repository
 from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, peak_disk, plan_job
@@ -37,6 +37,7 @@ from .origin import STAGING, LocalOrigin, remains
 from .pack import PROJECTIONS, RecordLayout
 from .sizes import format_size
 from .source import Source, small_bytes, small_files
+from .tables import blocks
 from .target import Target, sync_directory
 
 Progress = Callable[[str, int], None]
@@ -317,9 +318,13 @@ def _make(
         told.rounded(made.error, made.power)
         told.progress(item.file, item.nbytes)
         return zlib.crc32(raw)
+    table = target.job.files[item.file].table
+    if table is not None:
+        start, stop = list(blocks(table.num_rows))[int(item.key)]
+        return _write_tiles(target, item, table_tiles(source, table, start, stop), told)
     part = target.job.files[item.file].packed.get(item.key)
     if part is not None:
-        return _make_part(source, target, item, part, told)
+        return _write_tiles(target, item, part_tiles(source, part), told)
     place = source.raw(item.key)
     if place is None:
         raw = source.get(item.key).flatten().view(torch.uint8).numpy().data
@@ -336,10 +341,10 @@ def _make(
     return crc
 
 
-def _make_part(source: Source, target: Target, item: Item, part: DensePart, told: "_Told") -> int:
-    """Round a dense weight tile by tile and write one part of it; returns its checksum."""
+def _write_tiles(target: Target, item: Item, tiles: Iterator[torch.Tensor], told: "_Told") -> int:
+    """Write an item that is made tile by tile of rows; returns its checksum."""
     crc = at = 0
-    for tile in part_tiles(source, part):
+    for tile in tiles:
         raw = tile.contiguous().view(torch.uint8).flatten().numpy().data
         target.write(item, raw, at)
         crc, at = zlib.crc32(raw, crc), at + len(raw)
@@ -420,12 +425,14 @@ def quantized_config(
     dense = dict(getattr(config, "quantization_config", None) or {})
     dense.pop("expert_dtype", None)
     found = dict.fromkeys(layout for _, pack in job.packs.values() for layout in pack.layouts)
+    tables = {table.name: table.layout.format for table in job.tables.values()}
     config.quantization_config = {
         **dense,
         "quant_method": METHOD,
         "recipe": recipe.to_dict(),
         "calibrated": calibrated,
         "packs": [layout.to_dict() for layout in found],
+        **({"engram_tables": tables} if tables else {}),
     }
     return config
 

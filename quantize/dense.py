@@ -20,6 +20,7 @@ from modeling_dsv4.storage import PackedEmbedding, PackedHead, stored_name
 
 from .config import Recipe
 from .source import Entry, Source
+from .tables import RowLayout, table_of
 
 _REACHED = re.compile(r"(model\.embed_tokens|lm_head|(model\.)?.*\.engram\.embed)\.weight")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -40,6 +41,63 @@ class DensePart:
     weight: str
     suffix: str
     format: WeightFormat
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """An Engram table that becomes a file of its own.
+
+    Attributes:
+        name: module path.
+        layout: of its rows.
+        num_rows: how many.
+        rounded: in the recipe's format instead of the source's own.
+    """
+
+    name: str
+    layout: RowLayout
+    num_rows: int
+    rounded: bool
+
+    @property
+    def weight(self) -> str:
+        """Our name of the weight in the source."""
+        return f"{self.name}.weight"
+
+
+def split_tables(
+    entries: Mapping[str, Entry], recipe: Recipe
+) -> tuple[dict[str, Entry], list[TableSource]]:
+    """Take the Engram tables out of a source's dense tensors."""
+    rest = {name: entry for name, entry in entries.items() if table_of(name) is None}
+    tables = []
+    for name, (dtype, (rows, *width)) in entries.items():
+        module = table_of(name)
+        if module is None or name != f"{module}.weight":
+            continue
+        own = FP8_ROWS32 if dtype == "F8_E4M3" else None
+        wanted = dense_format(recipe, name)
+        rounded = wanted is not None and wanted != own
+        held = wanted if rounded else own
+        layout = RowLayout(dtype if held is None else held.name, *width)
+        tables.append(TableSource(module, layout, rows, rounded))
+    return rest, tables
+
+
+def table_tiles(
+    source: Source, table: TableSource, start: int, stop: int
+) -> Iterator[torch.Tensor]:
+    """Make rows [start, stop) of a table's file, some at a time: [n, row bytes] uint8."""
+    step = max(_TILE // table.layout.width, 1)
+    for low in range(start, stop, step):
+        high = min(low + step, stop)
+        if table.rounded:
+            fmt = get_format(table.layout.format)
+            parts = fmt.pack(_rows(source, table.weight, low, high))
+        else:
+            names = {part: f"{table.name}.{stored_name(part)}" for part in table.layout.fields}
+            parts = {part: source.rows(name, low, high) for part, name in names.items()}
+        yield table.layout.encode(parts)
 
 
 def dense_format(recipe: Recipe, name: str) -> WeightFormat | None:

@@ -11,7 +11,8 @@ import torch
 
 from modeling_dsv4.configuration_dsv4 import Dsv4Config
 from modeling_dsv4.official_export import official_config
-from modeling_dsv4.safetensors_file import DTYPES, INDEX, Shards, write_file
+from modeling_dsv4.safetensors_file import DTYPES, INDEX, Shards, TensorInfo, write_file
+from modeling_dsv4.storage import stored_name
 from modeling_dsv4.weight_map import Piece, pieces
 
 from .checksums import write_text
@@ -19,9 +20,11 @@ from .config import METHOD, Recipe
 from .job import DEFAULT_SHARD, entry_bytes
 from .pack import PackFile, pack_file_name
 from .source import small_files
+from .tables import TableFile, table_file_name, table_of
 
 Progress = Callable[[str, int], None]
 _FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Converted:
@@ -52,7 +55,8 @@ class Converted:
 
     def dense(self, piece: Piece) -> torch.Tensor:
         """A tensor that is in no pack, mapped from its file; ValueError if a recipe changed it."""
-        info = self._shards.info.get(piece.ours)
+        table = self._table(piece.ours)
+        info = self._shards.info.get(piece.ours) if table is None else table[0]
         plain = info is not None and {info.dtype, piece.dtype} <= _FLOATS
         if info is None or info.shape != piece.shape or not (info.dtype == piece.dtype or plain):
             raise ValueError(
@@ -60,7 +64,19 @@ class Converted:
                 f"{'nothing' if info is None else f'{info.dtype} {list(info.shape)}'}; what a "
                 "recipe changed does not come back, convert by fp4"
             )
-        return self._shards.get(piece.ours)
+        return self._shards.get(piece.ours) if table is None else table[1]
+
+    def _table(self, name: str) -> tuple[TensorInfo, torch.Tensor] | None:
+        """A part of an Engram table that is a file of its own, mapped; None for other tensors."""
+        module = table_of(name)
+        if module is None or module not in self.config.quantization_config.get("engram_tables", {}):
+            return None
+        opened = TableFile.open(self.directory / table_file_name(module))
+        parts = {f"{module}.{stored_name(part)}": part for part in opened.layout.fields}
+        if name not in parts:
+            return None
+        tensor = opened.part(parts[name])
+        return TensorInfo(_NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes), tensor
 
     def pack(self, module: str) -> PackFile:
         """The pack of an experts module, opened once."""
@@ -91,7 +107,7 @@ class Converted:
         """The configuration as of a release whose experts are in the format `experts`."""
         config = copy.deepcopy(self.config)
         stored = dict(config.quantization_config)
-        for key in ("recipe", "packs", "calibrated"):
+        for key in ("recipe", "packs", "calibrated", "engram_tables"):
             stored.pop(key, None)
         stored["quant_method"] = "dsv4_release"
         # Releases with FP8 experts do not say so.

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .convert import count_workers, space_wanted
@@ -100,6 +100,16 @@ def _dense_parts(source: Source, job: Job) -> list[Part]:
                 what, formats, old.count + len(names[:1]), old.before + before,
                 old.after + entry_bytes(entry),
             )  # fmt: skip
+    for table in job.tables.values():
+        formats = table.layout.format if table.rounded else "as it is, in rows"
+        old = found.get(formats, Part("embedding, head, tables", formats, 0, 0, 0))
+        held = [source.dense[n] for n in _stored(table.weight) if n in source.dense]
+        found[formats] = replace(
+            old,
+            count=old.count + 1,
+            before=old.before + sum(map(entry_bytes, held)),
+            after=old.after + table.num_rows * table.layout.nbytes,
+        )
     return list(found.values())
 
 

@@ -4,8 +4,10 @@
 Before loading, every experts module becomes a `StoredExperts` without parameters, so the weights
 that transformers loads are the dense ones alone. After loading, the packs beside them are attached:
 read into memory if they fit into `expert_memory`, else left on disk behind one `ExpertStore`.
+Engram tables likewise, by `engram_memory` and one `RowStore`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,27 @@ from modeling_dsv4.configuration_dsv4 import Dsv4Config
 from modeling_dsv4.engram import Engram
 from modeling_dsv4.hf_quantizer import ReleaseQuantizer, apply_release_storage
 from modeling_dsv4.moe import Dsv4Experts
+from modeling_dsv4.storage import PackedEmbedding
 from modeling_dsv4.weight_map import Inventory, our_inventory
 
 from .config import METHOD, Dsv4QuantizationConfig, Recipe
-from .dense import packed_entries, store_dense
+from .dense import packed_entries, split_tables, store_dense
 from .device_tier import DeviceTier, host_share
 from .experts import StoredExperts
 from .memory import available_memory
 from .pack import PackFile, PackLayout, pack_file_name
+from .row_store import RowStore
 from .sizes import format_size
 from .store import ExpertStore
+from .stored_table import StoredTable
+from .tables import RowLayout, TableFile, table_file_name
 
 # Of the memory that is left once the dense part is loaded, what experts take unless told otherwise.
 _DEFAULT_SHARE = 0.75
 # Left free on a GPU for activations and the cache of a context.
 _WORKSPACE = 2 << 30
+# What rows of tables on disk may take unless told otherwise: a few hot ones serve most tokens.
+_DEFAULT_ROWS = 2**28
 
 
 class Dsv4Quantizer(ReleaseQuantizer):
@@ -50,13 +58,14 @@ class Dsv4Quantizer(ReleaseQuantizer):
         recipe = Recipe.from_dict(self.quantization_config.recipe)
         store_experts(model, recipe)
         store_dense(model, recipe)
+        store_tables(model, self.quantization_config.engram_tables)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        _check_engram(model, self.quantization_config.engram_memory)
         modules = [m for m in model.modules() if isinstance(m, StoredExperts)]
         directory = self._directory or Path(model.config.name_or_path)
+        attach_tables(model, directory, self.quantization_config.engram_memory)
         packs = [PackFile.open(directory / pack_file_name(m.name)) for m in modules]
         config = self.quantization_config
         attach(model, packs, config.expert_memory, config.expert_device_memory, config.cold_experts)
@@ -64,18 +73,21 @@ class Dsv4Quantizer(ReleaseQuantizer):
 
     @staticmethod
     def inventory(config: Dsv4Config) -> Inventory:
-        """Names, dtypes and shapes of the weights beside the packs: all but the routed experts."""
+        """Names, dtypes and shapes of the weights beside packs and Engram tables."""
         dense = {k: v for k, v in our_inventory(config).items() if ".mlp.experts." not in k}
         stored: Any = config.quantization_config
         fields = stored if isinstance(stored, dict) else stored.to_dict()
-        return packed_entries(dense, Recipe.from_dict(fields["recipe"]))[0]
+        recipe = Recipe.from_dict(fields["recipe"])
+        if fields.get("engram_tables"):
+            dense, _ = split_tables(dense, recipe)
+        return packed_entries(dense, recipe)[0]
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
         dtype = dtype or model.dtype
         for path, module in list(model.named_modules()):
-            if isinstance(module, StoredExperts):
+            if isinstance(module, StoredExperts | StoredTable):
                 _replace(model, path, module.to_plain(dtype))
         return super()._dequantize(model, dtype)
 
@@ -91,6 +103,51 @@ def store_experts(model: nn.Module, recipe: Recipe) -> None:
         layout = PackLayout.build(name, plain.num_experts, *sizes, recipe.format_of)
         empty = StoredExperts(name, plain.num_experts, *sizes, plain.swiglu_limit, layout)
         _replace(model, path, empty)
+
+
+def store_tables(model: nn.Module, formats: Mapping[str, str]) -> None:
+    """Replace Engram tables that are files of their own by empty `StoredTable`s.
+
+    Args:
+        model: a Dsv4 model.
+        formats: {module path: format of its rows}, as `RowLayout` names it.
+    """
+    prefix = "" if hasattr(model, "model") else "model."
+    for path, module in list(model.named_modules()):
+        found = formats.get(prefix + path)
+        if found is None:
+            continue
+        layout = RowLayout(found, module.embedding_dim)
+        packed = isinstance(module, PackedEmbedding)
+        dtype = module.dtype if packed else module.weight.dtype
+        _replace(model, path, StoredTable(prefix + path, module.num_embeddings, layout, dtype))
+
+
+def attach_tables(model: nn.Module, directory: Path, engram_memory: int | None = None) -> None:
+    """Give every Engram table its rows, resident or on disk.
+
+    Args:
+        model: a Dsv4 model.
+        directory: of the tables' files.
+        engram_memory: bytes of rows that may be resident; None is all, where that leaves half of
+            the memory free.
+
+    Raises:
+        ValueError: a file that is missing, cut short or another's; less memory than one row.
+    """
+    modules = [(p, m) for p, m in model.named_modules() if isinstance(m, StoredTable)]
+    if not modules:
+        _check_engram(model, engram_memory)
+        return
+    files = [TableFile.open(directory / table_file_name(m.name)) for _, m in modules]
+    budget = available_memory() // 2 if engram_memory is None else engram_memory
+    if sum(file.nbytes for file in files) <= budget:
+        for (path, module), file in zip(modules, files, strict=True):
+            module.attach_resident(file, _device(model, path))
+        return
+    store = RowStore(files, min(budget, _DEFAULT_ROWS) if engram_memory is None else budget)
+    for number, (_, module) in enumerate(modules):
+        module.attach_store(store, number)
 
 
 def attach(
@@ -180,7 +237,8 @@ def _check_engram(model: nn.Module, engram_memory: int | None) -> None:
     if engram_memory is not None and engram_memory < size:
         raise ValueError(
             f"engram_memory: wanted at least the tables' {size} bytes ({format_size(size)}), got "
-            f"{engram_memory}: Engram tables cannot be left on disk yet; leave the argument out"
+            f"{engram_memory}: here they are among the other weights, and only tables in files of "
+            "their own can stay on disk; convert the source once more, or leave the argument out"
         )
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that a conversion will write, known from headers alone; and in which order.
 
-Files consist of items: a dense tensor, or an expert's record. The order of work is that of the
-source's shards, so that each shard is read once and may go afterwards. An item that lies in several
-shards is made when the last of them is there.
+Files consist of items: a dense tensor, an expert's record, or a block of an Engram table's rows.
+The order of work is that of the source's shards, so that each shard is read once and may go
+afterwards. An item that lies in several shards is made when the last of them is there.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from modeling_dsv4.safetensors_file import DTYPES, lay_out_file
 
 from .config import Recipe
-from .dense import DensePart, packed_entries, scale_name
+from .dense import DensePart, TableSource, packed_entries, scale_name, split_tables
 from .pack import PackLayout, pack_file_name, pack_header
 from .source import Entry, ExpertsSource, Source
+from .tables import blocks, table_file_name, table_header
 
 DEFAULT_SHARD = 5 * 10**9
 
@@ -25,7 +26,7 @@ class Item:
 
     Attributes:
         file: name of the file.
-        key: our name of a dense tensor, or the expert's number.
+        key: our name of a dense tensor, or the number of an expert or a block of rows.
         start, nbytes: where it is written.
         needs: the source's shards that it is made of.
     """
@@ -47,6 +48,7 @@ class TargetFile:
         pack: experts and layout if it is an expert pack.
         entries: {our name: (dtype, shape)} if it holds dense tensors.
         packed: what those are made of that are not as the source has them.
+        table: what it is made of if it is an Engram table.
     """
 
     header: bytes
@@ -54,6 +56,7 @@ class TargetFile:
     pack: tuple[ExpertsSource, PackLayout] | None
     entries: dict[str, Entry]
     packed: Mapping[str, DensePart] = field(default_factory=dict)
+    table: TableSource | None = None
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +84,12 @@ class Job:
     @property
     def shards(self) -> dict[str, dict[str, Entry]]:
         """The files of dense tensors: {file: {our name: (dtype, shape)}}."""
-        return {name: file.entries for name, file in self.files.items() if file.pack is None}
+        return {name: file.entries for name, file in self.files.items() if file.entries}
+
+    @property
+    def tables(self) -> dict[str, TableSource]:
+        """The Engram tables: {file: table}."""
+        return {name: file.table for name, file in self.files.items() if file.table is not None}
 
     def steps(self, shards: list[str]) -> list[list[Item]]:
         """Items by the source's shard that completes them, in the order of `shards`."""
@@ -101,7 +109,11 @@ def plan_job(source: Source, recipe: Recipe, max_shard_size: int = DEFAULT_SHARD
         layout = PackLayout.build(name, experts.num_experts, hidden, width, recipe.format_of)
         file = pack_file_name(name)
         files[file] = _pack(source, file, experts, layout)
-    dense, packed = packed_entries(source.dense, recipe)
+    rest, tables = split_tables(source.dense, recipe)
+    for table in tables:
+        file = table_file_name(table.name)
+        files[file] = _table(source, file, table)
+    dense, packed = packed_entries(rest, recipe)
     shards: list[dict[str, Entry]] = [{}]
     size = 0
     for name, entry in dense.items():
@@ -136,6 +148,16 @@ def _pack(source: Source, file: str, experts: ExpertsSource, layout: PackLayout)
         for e in range(layout.num_experts)
     ]  # fmt: skip
     return TargetFile(header, tuple(items), (experts, layout), {})
+
+
+def _table(source: Source, file: str, table: TableSource) -> TargetFile:
+    header, row = table_header(table.name, table.layout, table.num_rows), table.layout.nbytes
+    needs = source.needs(table.weight) | source.needs(scale_name(table.weight))
+    items = [
+        Item(file, str(number), len(header) + start * row, (stop - start) * row, needs)
+        for number, (start, stop) in enumerate(blocks(table.num_rows))
+    ]
+    return TargetFile(header, tuple(items), None, {}, table=table)
 
 
 def entry_bytes(entry: Entry) -> int:

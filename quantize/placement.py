@@ -102,13 +102,6 @@ class Plan:
             return self.sizes.experts
         return self.sizes.expert * self.experts_in["ram"]
 
-    @property
-    def lookup_loads(self) -> bool:
-        """Whether host memory holds the lookup tables beside all that has to be there."""
-        return self.lookup_in == "ram" or _in_ram(
-            self.sizes, self.machine
-        ) + self.sizes.lookup <= self.machine.ram - _reserve(self.machine.ram, self.machine)
-
 
 def ceiling(sizes: ModelSizes, hit_rate: float, link_rate: float, fast_rate: float) -> float:
     """Tokens per second of the equation above, with `hit_rate` of R in the fast memory."""

@@ -108,6 +108,7 @@ def read_config(source: Path) -> Dsv4Config:
 def measure_sizes(directory: Path, config: Dsv4Config) -> Sizes:
     """Bytes of a directory's weights and packs, and the parameters that they stand for."""
     files = set(read_index(directory).values()) | set(directory.glob("experts-*.safetensors"))
+    files |= set(directory.glob("engram-*.safetensors"))
     expert_bytes = 0
     for path in files:
         if path.name.startswith("experts-"):

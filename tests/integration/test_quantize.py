@@ -227,13 +227,6 @@ def test_a_pack_of_another_layer_is_named(case: tuple[Path, Path], tmp_path: Pat
         load(copied)
 
 
-def test_engram_tables_on_disk_are_refused_honestly(golden_dir: Path, tmp_path: Path) -> None:
-    target = convert(golden_dir / "v41_b_fp8", tmp_path / "out", FP4)
-    with pytest.raises(ValueError, match="engram_memory: wanted at least"):
-        load(target, engram_memory=1)
-    load(target, engram_memory="1GB")
-
-
 def test_a_converted_model_without_quantize_says_what_to_import(
     golden_dir: Path, tmp_path: Path
 ) -> None:

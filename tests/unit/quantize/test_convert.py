@@ -18,6 +18,7 @@ from quantize.checksums import Checksums, FileSums, damages
 from quantize.config import Recipe, get_recipe
 from quantize.convert import convert
 from quantize.pack import PackFile
+from quantize.tables import TableFile
 
 FP4 = get_recipe("fp4")
 NATIVE = DeepseekV4Config(
@@ -65,6 +66,11 @@ def test_a_release_keeps_every_byte(golden_dir: Path, tmp_path: Path, case: str)
     for file in sorted(set(index.values())):
         dense |= load_file(target / file)
     assert set(dense) == set(index)
+    for path in target.glob("engram-*.safetensors"):
+        table = TableFile.open(path)
+        for part, stored in (("", "weight"), ("_scale", "weight_scale_inv")):
+            source = wanted.pop(f"{table.name}.{stored}")
+            assert torch.equal(raw(table.part(part).contiguous()), raw(source))
     for name, tensor in wanted.items():
         if ".mlp.experts." in name:
             continue

@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM
 
 import quantize  # noqa: F401
 from modeling_dsv4.formats import get_format
-from modeling_dsv4.storage import PackedEmbedding, PackedHead
+from modeling_dsv4.storage import PackedEmbedding, PackedHead, stored_name
 from quantize import Recipe
 from quantize.checksums import Checksums, damages
 from quantize.convert import convert
 from quantize.dense import dense_format, part_tiles
 from quantize.source import Source
+from quantize.stored_table import StoredTable
+from quantize.tables import TableFile
 
 NANO = Path(__file__).parents[3] / "models" / "nano-v41"
 RULES = (
@@ -38,6 +40,10 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
     for path in directory.glob("model-*.safetensors"):
         with safe_open(str(path), framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for path in directory.glob("engram-*.safetensors"):
+        table = TableFile.open(path)
+        for part in table.layout.fields:
+            found[f"{table.name}.{stored_name(part)}"] = table.part(part).contiguous()
     return found
 
 
@@ -90,10 +96,12 @@ def packed_parts(source: Source) -> list:
 def test_a_model_computes_with_what_was_rounded(converted: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(converted)
     assert isinstance(model.lm_head, PackedHead)
-    tables = [m for m in model.modules() if isinstance(m, PackedEmbedding)]
-    assert [t.format.name for t in tables] == ["fp8_rows32", "fp4", "fp4"]
+    assert model.model.embed_tokens.format.name == "fp8_rows32"
+    tables = [m for m in model.modules() if isinstance(m, StoredTable)]
+    assert [t.layout.format for t in tables] == ["fp4", "fp4"]
     twin = AutoModelForCausalLM.from_pretrained(converted, dequantize=True)
-    assert not any(isinstance(m, PackedEmbedding | PackedHead) for m in twin.modules())
+    kinds = PackedEmbedding | PackedHead | StoredTable
+    assert not any(isinstance(m, kinds) for m in twin.modules())
     ids = torch.arange(12)[None] + 7
     want = model(ids).logits
     torch.testing.assert_close(twin(ids).logits, want, rtol=0, atol=0.15)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows on disk: every row right, every read counted, every fault told."""
+
+import copy
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from quantize import row_store
+from quantize.row_store import RowStore
+from quantize.tables import RowLayout, TableFile, table_header
+
+LAYOUT = RowLayout("fp8_rows32", 256)
+ROWS = 3000
+Make = Callable[..., tuple[RowStore, list[np.ndarray]]]
+
+
+@pytest.fixture(params=["page cache", "disk", "threads"])
+def make(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Make]:
+    """A store of two tables and their rows, as on systems that can more or less."""
+    if request.param != "page cache":
+        monkeypatch.setattr(row_store, "_NO_WAIT", None)
+    if request.param == "threads":
+        monkeypatch.setattr(row_store, "_WILL_NEED", None)
+    made = []
+
+    def build(budget: int = 100 * 280, threads: int = 4) -> tuple[RowStore, list[np.ndarray]]:
+        tables, rows = [], []
+        for layer in (1, 14):
+            name = f"model.layers.{layer}.engram.embed"
+            raw = torch.randint(0, 256, (ROWS, LAYOUT.nbytes), dtype=torch.uint8)
+            path = tmp_path / f"engram-layers-{layer}.safetensors"
+            path.write_bytes(table_header(name, LAYOUT, ROWS) + raw.numpy().tobytes())
+            tables.append(TableFile.open(path))
+            rows.append(raw.numpy())
+        made.append(RowStore(tables, budget, threads))
+        return made[-1], rows
+
+    yield build
+    for store in made:
+        store.close()
+
+
+@pytest.mark.parametrize("budget", [1, 7, 100, 100_000])
+def test_every_row_is_right_at_any_budget(make: Make, budget: int) -> None:
+    store, rows = make(budget * (LAYOUT.nbytes + 16))
+    dice = np.random.default_rng(0)
+    for count in (1, 5, 600, 48, 48, 48, 0):
+        asked = [dice.zipf(1.3, count) % ROWS for _ in rows]
+        for table, ids in enumerate(asked):
+            store.announce(table, ids)
+        for table, ids in enumerate(asked):
+            assert np.array_equal(store.take(table, ids), rows[table][ids])
+    assert store.resident_bytes <= budget * (LAYOUT.nbytes + 16)
+
+
+def test_reads_are_counted(make: Make) -> None:
+    store, rows = make()
+    ids = np.array([5, 5, 900, 5])
+    store.take(0, ids)
+    counts = store.stats()
+    assert (counts["engram_rows"], counts["engram_hits"]) == (4, 2)
+    assert (counts["engram_reads"], counts["engram_bytes_read"]) == (2, 2 * 264)
+    store.take(0, ids)
+    assert store.stats()["engram_reads"] == 2
+    assert store.stats()["engram_hits"] == 6
+    # The other table's row of the same number is another row.
+    assert np.array_equal(store.take(1, ids), rows[1][ids])
+    assert store.stats()["engram_reads"] == 4
+
+
+def test_rows_of_one_page_are_one_read(make: Make) -> None:
+    store, rows = make()
+    ids = np.array([3, 1, 2, 700])
+    assert np.array_equal(store.take(0, ids), rows[0][ids])
+    counts = store.stats()
+    assert (counts["engram_reads"], counts["engram_bytes_read"]) == (2, 4 * 264)
+    # Rows 0 to 14 begin and end in the first page, row 15 reaches into the next.
+    apart = np.array([0, 16])
+    assert np.array_equal(store.take(1, apart), rows[1][apart])
+    assert store.stats()["engram_reads"] == 4
+
+
+def test_all_reads_of_a_pass_start_before_any_is_waited_for(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_store, "_NO_WAIT", None)
+    if row_store._WILL_NEED is None:
+        wanted, reads = [], 48
+    else:
+        wanted, reads = [(table, 24) for table in (0, 1)], 2
+    store, rows = make(threads=64)
+    advised: Counter[int] = Counter()
+    advise = os.posix_fadvise
+    monkeypatch.setattr(
+        row_store.os,
+        "posix_fadvise",
+        lambda file, *rest: (advised.update([store._files.index(file)]), advise(file, *rest)),
+    )
+    begun, gate = threading.Semaphore(0), threading.Event()
+    real = row_store.read_exactly
+
+    def slow(*args: object) -> None:
+        begun.release()
+        assert gate.wait(10)
+        real(*args)
+
+    monkeypatch.setattr(row_store, "read_exactly", slow)
+    ids = np.arange(24) * 100
+    for table in (0, 1):
+        store.announce(table, ids)
+    # 48 are in flight at once, of both layers: as reads, or as what the system is asked to fetch.
+    assert all(begun.acquire(timeout=10) for _ in range(reads))
+    assert sorted(advised.items()) == wanted
+    threading.Timer(0.05, gate.set).start()
+    assert np.array_equal(store.take(0, ids), rows[0][ids])
+    assert np.array_equal(store.take(1, ids), rows[1][ids])
+    counts = store.stats()
+    assert counts["engram_waits"] >= 1
+    assert 0.03 < counts["engram_wait_seconds"] < 5
+
+
+def test_what_was_announced_and_not_taken_does_no_harm(make: Make) -> None:
+    store, rows = make()
+    store.announce(0, np.array([1, 2]))
+    store.announce(0, np.array([3, 4]))
+    assert np.array_equal(store.take(0, np.array([7, 8])), rows[0][[7, 8]])
+    assert np.array_equal(store.take(0, np.array([3, 4])), rows[0][[3, 4]])
+
+
+def test_a_file_cut_short_while_open_is_an_error_and_not_the_end(make: Make) -> None:
+    store, rows = make()
+    os.truncate(store.tables[0].path, store.tables[0].start + 1000)
+    assert np.array_equal(store.take(0, np.array([0])), rows[0][[0]])
+    with pytest.raises(OSError, match="the file was cut short"):
+        store.take(0, np.array([2000]))
+    assert np.array_equal(store.take(1, np.array([2000])), rows[1][[2000]])
+
+
+def test_a_file_that_vanished_is_read_on(make: Make) -> None:
+    store, rows = make()
+    store.tables[0].path.unlink()
+    assert np.array_equal(store.take(0, np.array([9])), rows[0][[9]])
+
+
+def test_two_processes_read_one_table(make: Make) -> None:
+    store, rows = make()
+    ids = np.arange(0, ROWS, 7)
+
+    def child(code: int) -> None:
+        other = RowStore(store.tables, 100 * 280, 4)
+        right = np.array_equal(other.take(1, ids), rows[1][ids])
+        os._exit(code if right else 0)
+
+    # Nothing but files and threads of its own: what a fork would lose is not used.
+    context = multiprocessing.get_context("fork")
+    others = [context.Process(target=child, args=(code,)) for code in (3, 4)]
+    for other in others:
+        other.start()
+    assert np.array_equal(store.take(1, ids), rows[1][ids])
+    for other in others:
+        other.join(30)
+    assert [other.exitcode for other in others] == [3, 4]
+
+
+def test_ids_of_another_model_are_refused(make: Make) -> None:
+    store, _ = make()
+    for wrong in (-1, ROWS):
+        with pytest.raises(ValueError, match="wanted rows 0 to 2999"):
+            store.take(0, np.array([0, wrong]))
+
+
+def test_a_store_is_shared_and_closes_what_it_opened(make: Make) -> None:
+    store, _ = make()
+    assert copy.deepcopy(store) is store
+    store.take(0, np.arange(0, ROWS, 20))
+    files = list(store._files)
+    store.close()
+    assert not any(t.name.startswith("engram-read") for t in threading.enumerate())
+    for descriptor in files:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)

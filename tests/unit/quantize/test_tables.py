@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of Engram tables: rows whole side by side, opened by their header alone."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from modeling_dsv4.formats import get_format
+from quantize.tables import RowLayout, TableFile, blocks, table_file_name, table_header, table_of
+
+NAME = "model.layers.14.engram.embed"
+
+
+def write(path: Path, layout: RowLayout, weight: torch.Tensor) -> torch.Tensor:
+    """Write a table; returns its rows."""
+    plain = layout.format == "BF16"
+    parts = {"": weight.bfloat16()} if plain else get_format(layout.format).pack(weight)
+    rows = layout.encode(parts)
+    path.write_bytes(table_header(NAME, layout, len(rows)) + rows.numpy().tobytes())
+    return rows
+
+
+def test_names_of_tables_are_told_from_others() -> None:
+    assert table_of(f"{NAME}.weight") == table_of(f"{NAME}.weight_scale_inv") == NAME
+    for other in ("model.embed_tokens.weight", "model.layers.1.engram.kv_proj.weight"):
+        assert table_of(other) is None
+    assert table_file_name(NAME) == "engram-layers-14.safetensors"
+    with pytest.raises(ValueError, match="wanted the path of an Engram table"):
+        table_file_name("model.embed_tokens")
+
+
+def test_a_row_of_the_release_is_264_bytes() -> None:
+    layout = RowLayout("fp8_rows32", 256)
+    assert [field[1:] for field in layout.fields.values()] == [(0, 256), (256, 264)]
+
+
+@pytest.mark.parametrize("name", ["fp8_rows32", "fp4", "BF16"])
+def test_rows_come_back_bit_for_bit(tmp_path: Path, name: str) -> None:
+    layout, weight = RowLayout(name, 64), torch.randn(50, 64)
+    rows = write(tmp_path / "t.safetensors", layout, weight)
+    table = TableFile.open(tmp_path / "t.safetensors")
+    assert (table.name, table.layout, table.num_rows) == (NAME, layout, 50)
+    assert table.start % 4096 == 0
+    assert torch.equal(table.mapped(), rows)
+    for part, tensor in layout.decode(rows).items():
+        assert torch.equal(table.part(part).view(torch.uint8), tensor.view(torch.uint8))
+    want = weight.bfloat16() if name == "BF16" else None
+    if want is None:
+        fmt = get_format(name)
+        want = fmt.unpack(fmt.pack(weight), torch.bfloat16)
+    assert torch.equal(layout.unpack(rows, torch.bfloat16), want)
+    with safe_open(tmp_path / "t.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor(f"{NAME}.packed"), rows)
+
+
+def test_a_table_of_the_releases_size_opens_at_once(tmp_path: Path) -> None:
+    rows, layout = 384_006_168, RowLayout("fp8_rows32", 256)
+    path, header = tmp_path / "t.safetensors", table_header(NAME, layout, rows)
+    try:
+        with path.open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + rows * layout.nbytes)
+    except OSError:
+        pytest.skip("no sparse files here")
+    if path.stat().st_blocks * 512 > 1 << 20:
+        path.unlink()
+        pytest.skip("no sparse files here")
+    start = time.perf_counter()
+    table = TableFile.open(path)
+    # Milliseconds; a second is told from reading 101 GB on any machine.
+    assert time.perf_counter() - start < 1
+    assert table.nbytes == 101_377_628_352
+    assert not table.mapped()[-1].any()
+    path.unlink()
+
+
+def test_blocks_are_all_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantize.tables.BLOCK_ROWS", 4)
+    assert list(blocks(10)) == [(0, 4), (4, 8), (8, 10)]
+
+
+def test_broken_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(ValueError, match="wanted the file of an Engram table, found none"):
+        TableFile.open(path)
+    write(path, RowLayout("fp4", 64), torch.randn(9, 64))
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1])
+    with pytest.raises(ValueError, match="truncated or corrupted"):
+        TableFile.open(path)
+    path.write_bytes(raw.replace(b'\\"version\\": 1', b'\\"version\\": 9'))
+    with pytest.raises(ValueError, match="wanted table version 1, got 9"):
+        TableFile.open(path)
+    path.write_bytes(raw.replace(b"dsv4_table", b"dsv4_other"))
+    with pytest.raises(ValueError, match="wanted the file of an Engram table, got another"):
+        TableFile.open(path)

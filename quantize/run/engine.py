@@ -17,7 +17,7 @@ from .settings import Settings
 from .stats import Meter, RunStats
 from .streaming import TextStream
 
-OnText = Callable[[str], None]
+Tell = Callable[[str], None]
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Engine:
         self.model, self.tokenizer, self.profile = model, tokenizer, profile
         self.reuse = Reuse(model.config, slots)
         self.total = RunStats()
+        self._spelling = threading.Lock()
         # Set from a signal handler or another thread: the answer ends behind its next token.
         self.cancelled = threading.Event()
         # Between two tokens `cancelled` is looked at; while a prompt is read it is not.
@@ -72,7 +73,9 @@ class Engine:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that brings its own markers."""
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        # A tokenizer keeps settings of its last call: two threads would be in each other's way.
+        with self._spelling:
+            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def read(self, kept: Kept, ids: Sequence[int]) -> None:
         """Let a cache read further ids [n], without an answer."""
@@ -87,7 +90,7 @@ class Engine:
         self,
         ids: list[int],
         settings: Settings,
-        on_text: OnText | None = None,
+        on_text: Tell | None = None,
         border: int = 0,
         branch: bool = False,
     ) -> Answer:
@@ -188,7 +191,7 @@ class _Teller(BaseStreamer):
     """Hears tokens from `generate`, and passes text on."""
 
     def __init__(
-        self, engine: Engine, stream: TextStream, out: Answer, tell: OnText | None, clock: _Clock
+        self, engine: Engine, stream: TextStream, out: Answer, tell: Tell | None, clock: _Clock
     ) -> None:
         self.engine, self.stream, self.answer, self.tell, self.clock = (
             engine, stream, out, tell, clock,

@@ -65,5 +65,6 @@ def _usable(kept: Kept, ids: list[int]) -> int:
             break
         shared += 1
     back = len(kept.ids) - shared
-    within = back <= min(kept.cache.max_rewind, kept.cache.rewindable)
+    # Taking back more than is saved would spoil another conversation that begins alike.
+    within = back <= min(kept.cache.max_rewind, kept.cache.rewindable, shared)
     return shared if within or not back else 0

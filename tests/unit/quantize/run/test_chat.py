@@ -120,14 +120,21 @@ def test_an_error_ends_a_turn_and_not_the_chat(talk) -> None:
     chat, _, notes = talk()
     chat.run(["/nope", "/save", "/think on", "/think maybe", "a <eos> b", "word " * 9000, "/help"])
     told = notes.getvalue()
-    for reason in ("no such command", "wanted a file's name", "has no reasoning",
-                   "wanted on or off", "holds the marker <eos>", "wanted at most", "/system TEXT"):  # fmt: skip
+    for reason in (
+        "no such command",
+        "wanted a file's name",
+        "has no reasoning",
+        "wanted on or off",
+        "holds the marker <eos>",
+        "wanted at most",
+        "/system TEXT",
+    ):
         assert reason in told
     assert chat.messages == []
 
 
 def test_quit_ends_and_stats_are_a_table(talk) -> None:
-    chat, said, notes = talk()
+    chat, _, notes = talk()
     chat.run(["Hi", "/stats", "/quit", "not reached"])
     assert len(chat.replies) == 1
     assert "tokens/s" in notes.getvalue()

@@ -154,7 +154,7 @@ def test_files_stand_before_the_prompt_and_are_read_once(run, nano: Path, tmp_pa
     assert again["stats"]["reused_tokens"] > 20
     other = json.loads(run(nano, *wish[:-1], "--json", "--cache", tmp_path / "kept")[1])
     assert other["stats"]["reused_tokens"] == again["stats"]["reused_tokens"]
-    code, _, err = run(nano, *wish[:-1])
+    err = run(nano, *wish[:-1])[2]
     assert "read 2 files" in err
     assert "left out 2 that are hidden or no text" in err
 

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .placement import Machine, place
+from .placement import Machine, ModelSizes, read_hit_rates
 from .plan_view import show_plan
 from .sizes import format_size, format_time, parse_rate, parse_size
 
@@ -46,27 +46,40 @@ def plan(
     model: Annotated[Path, typer.Argument(help="A model's directory, or its config.json alone.")],
     ram: Annotated[str, typer.Option(help="Host memory.")] = "",
     vram: Annotated[str, typer.Option(help="GPU memory; 0 is none.")] = "0",
-    disk: Annotated[str, typer.Option(help="Read rate of the disk.")] = "7GB/s",
-    recipe: Annotated[str, typer.Option(help="Formats of the routed experts.")] = "fp4",
+    disk: Annotated[str, typer.Option(help="Read rate of the disk.")] = "",
+    recipe: Annotated[str, typer.Option(help="Formats of the routed experts.")] = "",
     context: Annotated[int, typer.Option(help="Tokens of context to make room for.")] = 65536,
+    hit_rate: Annotated[
+        str, typer.Option(help="uniform, published, or rates of the fastest tiers: 0.6 or 0.6,0.9.")
+    ] = "uniform",
+    cold: Annotated[
+        str, typer.Option(help="Where experts in RAM are computed: device, host or both.")
+    ] = "device",
     as_json: Json = False,
 ) -> None:
     """Show what fits where, and what speed the links would allow. Reads config.json alone."""
-    from modeling_dsv4.configuration_dsv4 import Dsv4Config
+    from dataclasses import replace
 
     from .config import get_recipe
     from .inventory import model_sizes
-    from .memory import available_memory
+    from .machine import MachineProfile
+    from .planning import direct_note, make_plan, read_vram, this_ram, with_rates
+    from .run.loading import look
 
-    if not (model / "config.json" if model.is_dir() else model).is_file():
-        raise ValueError(f"{model}: wanted a model directory or config.json, found neither")
-    sizes = model_sizes(Dsv4Config.from_pretrained(model), get_recipe(recipe), context)
-    machine = Machine(
-        ram=parse_size(ram) if ram else available_memory(),
-        vram=parse_size(vram),
-        disk_rate=parse_rate(disk),
-    )
-    show_plan(place(sizes, machine), as_json)
+    source, profile = look(model), MachineProfile.load()
+    chosen = get_recipe(recipe) if recipe else source.recipe
+    wished = Machine(this_ram(parse_size(ram) if ram else None), read_vram(vram), cold=cold)
+    machine, measured = with_rates(wished, profile, model)
+    if disk:
+        machine = replace(machine, disk_rate=parse_rate(disk))
+        measured = tuple(name for name in measured if name != "disk_rate")
+
+    def sizes_of(tokens: int) -> ModelSizes:
+        return model_sizes(source.config, chosen, tokens)
+
+    planned = make_plan(sizes_of, context, machine, read_hit_rates(hit_rate), measured)
+    notes = (*planned.notes, *([] if disk else direct_note(profile, model)))
+    show_plan(replace(planned, notes=notes), as_json)
 
 
 @app.command(epilog="Example: dsv4-quantize convert DeepSeek-V4-Flash flash-fp4 --recipe fp4")

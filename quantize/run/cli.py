@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..planning import read_vram
 from ..sizes import parse_size
 from .output import Wishes, errors
 
@@ -78,7 +79,7 @@ def run(
     """Ask MODEL, chat with it (without --prompt), or serve it."""
     _check_usage(prompt, file, cache, raw, think, [plan, calibrate, serve], as_json and serve)
     wishes = Wishes(
-        parse_size(ram) if ram else None, parse_size(vram) if vram else None, stats, as_json, quiet
+        parse_size(ram) if ram else None, read_vram(vram) if vram else None, stats, as_json, quiet
     )
     from . import programs
 

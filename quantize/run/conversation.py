@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modeling_dsv4.chat import FORMATS, choose_variant, encode_messages
+from modeling_dsv4.chat import FORMATS, AnswerStream, choose_variant, encode_messages
 
-from .answer_stream import AnswerStream
 from .engine import Answer, Engine
 from .settings import Settings
 
@@ -130,8 +129,11 @@ class Conversations:
     def _remember(self, reply: Reply) -> None:
         """Note in which ids the model spelled this answer."""
         ids, eos = reply.answer.ids, self.engine.encode(self.form.eos)
-        ended = ids[-len(eos) :] == eos
-        body = ids[: -len(eos)] if ended else ids
+        body = ids[: -len(eos)] if ids[-len(eos) :] == eos else ids
+        if reply.reasoning:
+            # The next turn leaves it out.
+            marker = self.engine.encode(self.form.end_think)[0]
+            body = body[body.index(marker) + 1 :] if marker in body else []
         if self.engine.tokenizer.decode(body, skip_special_tokens=False) != reply.content:
             return
         self._spelled[reply.content + self.form.eos] = [*body, *eos]

@@ -13,12 +13,12 @@ from modeling_dsv4 import Dsv4Config
 from ..config import METHOD, Recipe, get_recipe
 from ..inventory import model_sizes
 from ..machine import MachineProfile
-from ..memory import available_memory
-from ..placement import Machine, Plan, place
+from ..placement import Machine, ModelSizes
+from ..planning import Planned, direct_note, make_plan, this_ram, with_rates
 from ..sizes import format_size
 
-# Settings of a wish that a profile may replace.
-_RATES = ("ram_rate", "link_rate", "vram_rate")
+# Tokens that a plan makes room for, where the model's context is longer.
+DEFAULT_CONTEXT = 65536
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def look(directory: Path) -> Source:
     file = directory / "config.json" if directory.is_dir() else directory
     if not file.is_file():
         raise ValueError(
-            f"{directory}: wanted a model's directory, with config.json, found none; "
+            f"{directory}: wanted a model directory or config.json, found neither; "
             "name a directory that from_pretrained reads"
         )
     raw = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
@@ -56,31 +56,28 @@ def look(directory: Path) -> Source:
     return Source(directory, Dsv4Config.from_pretrained(directory), recipe, converted)
 
 
-def this_machine(
-    ram: int | None, vram: int | None, source: Path, profile: MachineProfile | None
-) -> Machine:
-    """The machine at hand: memory as wished or as there is, rates as measured where they were."""
+def plan_here(
+    source: Source, ram: int | None, vram: int | tuple[int, ...] | None, context: int
+) -> Planned:
+    """Where the model's parts go on the machine at hand: memory as wished, or as there is."""
     if vram is None:
         vram = torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else 0
-    machine = Machine(ram=available_memory() if ram is None else ram, vram=vram)
-    if profile is None:
-        return machine
-    found: dict[str, Any] = {name: getattr(profile, name) for name in _RATES}
-    disk = profile.disk(source)
-    found["disk_rate"] = disk.rate if disk else None
-    return replace(machine, **{name: int(rate) for name, rate in found.items() if rate})
+    profile = MachineProfile.load()
+    machine, measured = with_rates(Machine(this_ram(ram), vram), profile, source.directory)
+
+    def sizes_of(tokens: int) -> ModelSizes:
+        return model_sizes(source.config, source.recipe, tokens)
+
+    planned = make_plan(sizes_of, context, machine, measured=measured)
+    notes = (*planned.notes, *direct_note(profile, source.directory))
+    return replace(planned, notes=notes)
 
 
-def plan_for(source: Source, machine: Machine, context: int) -> Plan:
-    """Where the model's parts go."""
-    return place(model_sizes(source.config, source.recipe, context), machine)
-
-
-def load(source: Source, ram: int | None, vram: int | None) -> tuple[Any, Any]:
-    """Model and tokenizer, under a budget of host memory if one is wished.
+def load(source: Source, ram: int | None, vram: int | tuple[int, ...] | None) -> tuple[Any, Any]:
+    """Model and tokenizer, under budgets of memory if some are wished.
 
     Raises:
-        ValueError: no tokenizer, or a budget that the model does not fit into.
+        ValueError: no tokenizer, a budget that the model does not fit into, or several GPUs.
         OSError: files are missing.
     """
     from transformers import AutoTokenizer
@@ -89,30 +86,35 @@ def load(source: Source, ram: int | None, vram: int | None) -> tuple[Any, Any]:
 
     if not source.directory.is_dir():
         raise ValueError(f"{source.directory}: wanted a model's directory, got a file")
+    if isinstance(vram, tuple):
+        raise ValueError("--vram: wanted one size to run, several are planned with --plan alone")
     on_gpu = vram != 0 and torch.cuda.is_available()
-    options: dict[str, Any] = {"device_map": "cuda:0"} if on_gpu else {}
-    if ram is not None:
-        options |= _budget(source, ram, 0 if vram is None else vram)
     if vram and not on_gpu:
         raise ValueError(f"--vram: wanted a CUDA device for {format_size(vram)}, found none")
+    options: dict[str, Any] = {"device_map": "cuda:0"} if on_gpu else {}
+    if ram is not None or vram:
+        options |= _budget(source, ram, vram or 0)
     tokenizer = AutoTokenizer.from_pretrained(source.directory)
     model = Dsv4ForCausalLM.from_pretrained(source.directory, dtype="auto", **options)
     return model.eval(), tokenizer
 
 
-def _budget(source: Source, ram: int, vram: int) -> dict[str, Any]:
+def _budget(source: Source, ram: int | None, vram: int) -> dict[str, Any]:
     if source.converted:
-        context = min(source.config.max_position_embeddings, 65536)
-        plan = plan_for(source, Machine(ram=ram, vram=vram), context)
+        context = min(source.config.max_position_embeddings, DEFAULT_CONTEXT)
+        planned = plan_here(source, ram, vram, context)
+        plan = planned.plan
         if plan.problem:
-            raise ValueError(f"{source.directory}: does not fit: {plan.problem}")
-        return {"expert_memory": plan.expert_memory}
+            ways = f"; would fit: {', or '.join(planned.nearest)}" if planned.nearest else ""
+            raise ValueError(f"{source.directory}: does not fit: {plan.problem}{ways}")
+        device = {"expert_device_memory": plan.sizes.expert * plan.experts_in["vram"]}
+        return {"expert_memory": plan.expert_memory, **(device if vram else {})}
     files = list(source.directory.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    if size > ram + vram:
+    if size > this_ram(ram) + vram:
         raise ValueError(
             f"--ram: wanted at least {format_size(size)} for {source.directory}, which is loaded "
-            f"whole, got {format_size(ram)}; write its experts as packs, which can stay on disk: "
-            f"dsv4-quantize convert {source.directory} NEW --recipe fp4"
+            f"whole, got {format_size(this_ram(ram))}; write its experts as packs, which can stay "
+            f"on disk: dsv4-quantize convert {source.directory} NEW --recipe fp4"
         )
     return {}

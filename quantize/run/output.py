@@ -22,7 +22,7 @@ class Wishes:
     """Options that several ways of running share."""
 
     ram: int | None
-    vram: int | None
+    vram: int | tuple[int, ...] | None
     stats: bool
     as_json: bool
     quiet: bool

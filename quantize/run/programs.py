@@ -13,12 +13,13 @@ from rich.console import Console
 from modeling_dsv4.chat import choose_variant
 
 from ..machine import MachineProfile
+from ..plan_view import show_plan as print_plan
 from ..sizes import format_size
 from .chat import Chat, interruptible, terminal_lines
 from .conversation import Conversations, Reply
 from .engine import Engine
 from .files import cache_path, gather, identity, load_cache, save_cache
-from .loading import Source, load, look, plan_for, this_machine
+from .loading import DEFAULT_CONTEXT, Source, load, look, plan_here
 from .output import Shown, Wishes, print_json, tell_sizes, write
 from .reuse import Kept
 from .settings import Settings
@@ -184,14 +185,13 @@ def chat(engine: Engine, settings: Settings, asked: Question, wishes: Wishes) ->
 
 def show_plan(source: Source, wishes: Wishes) -> None:
     """What fits where on this machine."""
-    from ..cli import show_plan as show
-
-    profile = MachineProfile.load()
-    machine = this_machine(wishes.ram, wishes.vram, source.directory, profile)
-    context = min(source.config.max_position_embeddings, 65536)
+    context = min(source.config.max_position_embeddings, DEFAULT_CONTEXT)
     if not source.converted:
         wishes.note("its experts are no packs: planned as a conversion to fp4")
-    show(plan_for(source, machine, context), wishes.as_json)
+    planned = plan_here(source, wishes.ram, wishes.vram, context)
+    print_plan(planned, wishes.as_json)
+    if planned.plan.problem:
+        raise ValueError(f"{source.directory}: does not fit: {planned.plan.problem}")
 
 
 def calibrate(source: Source, wishes: Wishes) -> None:

@@ -18,7 +18,7 @@ SHORT = ("--max-new-tokens", "8", "--temperature", "0")
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """Run the program with arguments and input: (exit code, standard output, standard error)."""
-    monkeypatch.setenv("DSV4_CACHE", str(tmp_path / "profile"))
+    monkeypatch.setattr("quantize.machine.profile_path", lambda: tmp_path / "machine.json")
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: object, typed: str = "") -> tuple[int, str, str]:
@@ -68,7 +68,7 @@ def test_wrong_usage_exits_2(run, nano: Path, arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["{tmp}", "--prompt", "a"], "wanted a model's directory, with config.json, found none"),
+        (["{tmp}", "--prompt", "a"], "wanted a model directory or config.json, found neither"),
         (["{nano}", "--prompt", "a", "--ram", "much"], "wanted a size"),
         (["{nano}", "--prompt", "a", "--ram", "1MB"], "dsv4-quantize convert"),
         (["{nano}", "--prompt", "a", "--top-p", "2"], "top_p: wanted above 0"),
@@ -180,3 +180,31 @@ def test_a_plan_for_this_machine(run, nano: Path, packed: Path) -> None:
     assert "planned as a conversion to fp4" in err
     data = json.loads(run(packed, "--plan", "--ram", "1GB", "--json")[1])
     assert data["fits"]
+
+
+def test_calibrating_keeps_a_profile_that_plans_rest_on(
+    run, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantize.machine.available_memory", lambda: 2**26)
+    code, out, err = run(packed, "--calibrate", "--json")
+    profile = json.loads(out)["profile"]
+    assert (code, err) == (0, "")
+    assert (tmp_path / "machine.json").exists()
+    assert all(profile[name] > 0 for name in ("ram_rate", "expert_rate"))
+    data = json.loads(run(packed, "--plan", "--ram", "1GB", "--json")[1])
+    assert {"disk_rate", "ram_rate", "expert_rate"} <= set(data["measured"])
+    assert data["machine"]["ram_rate"] == int(profile["ram_rate"])
+    out = run(packed, "--calibrate")[1]
+    assert "too little to trust" in out
+    assert "kept in" in out
+    assert "measured" in run(packed, "--plan", "--ram", "1GB")[1]
+    stats = json.loads(run(packed, "--prompt", "a", *SHORT, "--json")[1])["stats"]
+    assert stats["measured"]["disk"] > 0
+
+
+def test_a_plan_that_does_not_fit_exits_1_and_names_what_would(run, golden_dir: Path) -> None:
+    config = golden_dir / "configs" / "v4-pro.json"
+    code, out, err = run(config, "--plan", "--ram", "64GB", "--vram", "24GB")
+    assert code == 1
+    assert "would fit: --vram 3" in out
+    assert "does not fit" in err

@@ -198,7 +198,7 @@ class _Teller(BaseStreamer):
         )  # fmt: skip
 
     def put(self, value: torch.Tensor) -> None:
-        # The prompt comes first, in rows; drafting does not send it.
+        # `generate` sends the prompt first, in rows.
         if value.dim() > 1:
             return
         self.engine.reading = False

@@ -150,15 +150,13 @@ class Engine:
             stopping_criteria=StoppingCriteriaList([_Until(told)]),
             draft=settings.draft,
         )
-        whole = sequences[0].tolist()
-        told.answer.ids = whole[len(ids) :]
-        kept.ids = whole[: kept.cache.get_seq_length()]
+        told.answer.ids = sequences[0, len(ids) :].tolist()
 
     def _settle(self, kept: Kept, whole: list[int]) -> None:
         """Keep a cache with the ids that it has read, also if the pass behind them was cut off."""
         columns = kept.cache.get_seq_length()
-        if len(kept.ids) != columns:
-            kept.ids = whole[:columns] if columns <= len(whole) else []
+        # Tokens that were read and never told: nobody knows what the cache holds.
+        kept.ids = whole[:columns] if columns <= len(whole) else []
         self.reuse.keep(kept)
 
     def _count(self, out: Answer, prompt: int, reused: int, clock: "_Clock") -> None:

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .placement import Machine, ModelSizes, read_hit_rates
+from .placement import Machine, read_hit_rates
 from .plan_view import show_plan
 from .sizes import format_size, format_time, parse_rate, parse_size
 
@@ -61,7 +61,7 @@ def plan(
     from dataclasses import replace
 
     from .config import get_recipe
-    from .inventory import model_sizes
+    from .inventory import sizes_by_context
     from .machine import MachineProfile
     from .planning import direct_note, make_plan, read_vram, this_ram, with_rates
     from .run.loading import look
@@ -74,10 +74,13 @@ def plan(
         machine = replace(machine, disk_rate=parse_rate(disk))
         measured = tuple(name for name in measured if name != "disk_rate")
 
-    def sizes_of(tokens: int) -> ModelSizes:
-        return model_sizes(source.config, chosen, tokens)
-
-    planned = make_plan(sizes_of, context, machine, read_hit_rates(hit_rate), measured)
+    planned = make_plan(
+        sizes_by_context(source.config, chosen),
+        context,
+        machine,
+        read_hit_rates(hit_rate),
+        measured,
+    )
     notes = (*planned.notes, *([] if disk else direct_note(profile, model)))
     show_plan(replace(planned, notes=notes), as_json)
 

@@ -11,9 +11,9 @@ import torch
 from modeling_dsv4 import Dsv4Config
 
 from ..config import METHOD, Recipe, get_recipe
-from ..inventory import model_sizes
+from ..inventory import sizes_by_context
 from ..machine import MachineProfile
-from ..placement import Machine, ModelSizes
+from ..placement import Machine
 from ..planning import Planned, direct_note, make_plan, this_ram, with_rates
 from ..sizes import format_size
 
@@ -65,9 +65,7 @@ def plan_here(
     profile = MachineProfile.load()
     machine, measured = with_rates(Machine(this_ram(ram), vram), profile, source.directory)
 
-    def sizes_of(tokens: int) -> ModelSizes:
-        return model_sizes(source.config, source.recipe, tokens)
-
+    sizes_of = sizes_by_context(source.config, source.recipe)
     planned = make_plan(sizes_of, context, machine, measured=measured)
     notes = (*planned.notes, *direct_note(profile, source.directory))
     return replace(planned, notes=notes)

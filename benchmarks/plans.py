@@ -17,7 +17,7 @@ from rich.table import Table
 from modeling_dsv4 import Dsv4Config
 from quantize.config import get_recipe
 from quantize.inventory import model_sizes
-from quantize.placement import HitRates, Machine, Plan, place, read_hit_rates
+from quantize.placement import Machine, ModelSizes, Plan, place, read_hit_rates
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "golden" / "configs"
 MODELS = {"V4-Flash": "v4-flash", "V4-Pro": "v4-pro", "V4.1-Flash": "v4.1-flash"}
@@ -64,17 +64,18 @@ def main() -> None:
     rows = []
     for model, name in MODELS.items():
         for recipe in ("fp4", "q3", "q2"):
+            sizes = read_sizes(name, recipe)
             for box in BOXES:
                 for ram in (32, 64, 128, 192):
-                    found = plan(name, recipe, box, ram, asked.cold, hits)
+                    found = place(sizes, box.machine(ram, asked.cold), hits)
                     rows.append((model, recipe, box.name, f"{ram} GB", *cells(found)))
     show(rows, asked.markdown, f"derived; {hits.name}; cold experts: {asked.cold}")
 
 
-def plan(name: str, recipe: str, box: Box, ram: int, cold: str, hits: HitRates) -> Plan:
+def read_sizes(name: str, recipe: str) -> ModelSizes:
+    """Bytes of a release's parts, its experts stored by a recipe."""
     config = Dsv4Config.from_pretrained(CONFIGS / f"{name}.json")
-    sizes = model_sizes(config, get_recipe(recipe), CONTEXT)
-    return place(sizes, box.machine(ram, cold), hits)
+    return model_sizes(config, get_recipe(recipe), CONTEXT)
 
 
 def cells(found: Plan) -> tuple[str, ...]:

@@ -36,8 +36,8 @@ def show_plan(planned: Planned, as_json: bool) -> None:
     console.print(f"rates: {', '.join(_rates(planned))}")
     for note in (*_notes(plan), *planned.notes):
         console.print(note)
-    if plan.lookup_loads:
-        console.print(f'load with from_pretrained(..., expert_memory="{plan.expert_memory}B")')
+    engram = ', engram_memory="256MiB"' if plan.lookup_in == "disk" else ""
+    console.print(f'load with from_pretrained(..., expert_memory="{plan.expert_memory}B"{engram})')
 
 
 def _shares(plan: Plan) -> str:
@@ -61,14 +61,13 @@ def _rates(planned: Planned) -> list[str]:
 def _plan_data(planned: Planned) -> dict[str, Any]:
     plan = planned.plan
     sizes, machine, notes = plan.sizes, plan.machine, [*_notes(plan), *planned.notes]
-    engram = {"engram_on_disk_supported": False} if plan.lookup_in == "disk" else {}
     return {
         "sizes": {**vars(sizes), "experts": sizes.experts, "routed_per_token": sizes.routed},
         "machine": vars(machine),
         "experts_in": plan.experts_in,
         "lookup_in": plan.lookup_in,
         "expert_memory": plan.expert_memory,
-        "fits": plan.problem is None and plan.lookup_loads,
+        "fits": plan.problem is None,
         "problem": plan.problem,
         "derived_tokens_per_second": {"serial": plan.serial, "overlapped": plan.overlapped},
         "limit": plan.limit,
@@ -78,7 +77,6 @@ def _plan_data(planned: Planned) -> dict[str, Any]:
         "context": planned.context,
         "measured": list(planned.measured),
         "nearest": list(planned.nearest),
-        **engram,
         **({"note": "; ".join(notes)} if notes else {}),
     }
 
@@ -86,11 +84,6 @@ def _plan_data(planned: Planned) -> dict[str, Any]:
 def _notes(plan: Plan) -> list[str]:
     """Where the plan is arithmetic, and this version does otherwise."""
     notes, sizes = [], plan.sizes
-    if plan.lookup_in == "disk":
-        room = "" if plan.lookup_loads else f", which cannot hold their {format_size(sizes.lookup)}"
-        notes.append(
-            f"lookup tables on disk are arithmetic: this version loads them into memory{room}"
-        )
     if 0 < plan.experts_in["vram"] < sizes.num_experts:
         notes.append(
             "a part of the experts in VRAM is arithmetic: this version keeps experts in RAM or on "

@@ -19,6 +19,8 @@ from ..sizes import format_size
 
 # Tokens that a plan makes room for, where the model's context is longer.
 DEFAULT_CONTEXT = 65536
+# Memory for the rows of Engram tables that are left on disk; out of what a plan keeps free.
+_ENGRAM = "256MiB"
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def _budget(source: Source, ram: int | None, vram: int) -> dict[str, Any]:
             ways = f"; would fit: {', or '.join(planned.nearest)}" if planned.nearest else ""
             raise ValueError(f"{source.directory}: does not fit: {plan.problem}{ways}")
         device = {"expert_device_memory": plan.sizes.expert * plan.experts_in["vram"]}
-        return {"expert_memory": plan.expert_memory, **(device if vram else {})}
+        tables = {"engram_memory": _ENGRAM} if plan.lookup_in == "disk" else {}
+        return {"expert_memory": plan.expert_memory, **tables, **(device if vram else {})}
     files = list(source.directory.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     if size > this_ram(ram) + vram:

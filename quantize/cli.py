@@ -21,7 +21,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .placement import Machine, Plan, place
+from .placement import Machine, read_hit_rates
+from .plan_view import show_plan
 from .sizes import format_size, format_time, parse_rate, parse_size
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-_TIER = {"vram": "VRAM", "ram": "RAM", "disk": "disk"}
 _errors = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
@@ -46,45 +46,43 @@ def plan(
     model: Annotated[Path, typer.Argument(help="A model's directory, or its config.json alone.")],
     ram: Annotated[str, typer.Option(help="Host memory.")] = "",
     vram: Annotated[str, typer.Option(help="GPU memory; 0 is none.")] = "0",
-    disk: Annotated[str, typer.Option(help="Read rate of the disk.")] = "7GB/s",
-    recipe: Annotated[str, typer.Option(help="Formats of the routed experts.")] = "fp4",
+    disk: Annotated[str, typer.Option(help="Read rate of the disk.")] = "",
+    recipe: Annotated[str, typer.Option(help="Formats of the routed experts.")] = "",
     context: Annotated[int, typer.Option(help="Tokens of context to make room for.")] = 65536,
+    hit_rate: Annotated[
+        str, typer.Option(help="uniform, published, or rates of the fastest tiers: 0.6 or 0.6,0.9.")
+    ] = "uniform",
+    cold: Annotated[
+        str, typer.Option(help="Where experts in RAM are computed: device, host or both.")
+    ] = "device",
     as_json: Json = False,
 ) -> None:
     """Show what fits where, and what speed the links would allow. Reads config.json alone."""
-    from modeling_dsv4.configuration_dsv4 import Dsv4Config
+    from dataclasses import replace
 
     from .config import get_recipe
-    from .inventory import model_sizes
-    from .memory import available_memory
+    from .inventory import sizes_by_context
+    from .machine import MachineProfile
+    from .planning import direct_note, make_plan, read_vram, this_ram, with_rates
+    from .run.loading import look
 
-    if not (model / "config.json" if model.is_dir() else model).is_file():
-        raise ValueError(f"{model}: wanted a model directory or config.json, found neither")
-    sizes = model_sizes(Dsv4Config.from_pretrained(model), get_recipe(recipe), context)
-    machine = Machine(
-        ram=parse_size(ram) if ram else available_memory(),
-        vram=parse_size(vram),
-        disk_rate=parse_rate(disk),
+    source, profile = look(model), MachineProfile.load()
+    chosen = get_recipe(recipe) if recipe else source.recipe
+    wished = Machine(this_ram(parse_size(ram) if ram else None), read_vram(vram), cold=cold)
+    machine, measured = with_rates(wished, profile, model)
+    if disk:
+        machine = replace(machine, disk_rate=parse_rate(disk))
+        measured = tuple(name for name in measured if name != "disk_rate")
+
+    planned = make_plan(
+        sizes_by_context(source.config, chosen),
+        context,
+        machine,
+        read_hit_rates(hit_rate),
+        measured,
     )
-    placed = place(sizes, machine)
-    if as_json:
-        typer.echo(json.dumps(_plan_data(placed), indent=1))
-        return
-    console = Console()
-    console.print(_plan_table(placed))
-    if placed.problem:
-        console.print(f"does not fit: {placed.problem}")
-        return
-    console.print(
-        f"derived from sizes and links, not measured: at most {placed.overlapped:.3g} tokens/s if "
-        f"transfers overlap, {placed.serial:.3g} if they do not; {placed.limit} is the limit"
-    )
-    for note in _notes(placed):
-        console.print(note)
-    engram = ', engram_memory="256MiB"' if placed.lookup_in == "disk" else ""
-    console.print(
-        f'load with from_pretrained(..., expert_memory="{placed.expert_memory}B"{engram})'
-    )
+    notes = (*planned.notes, *([] if disk else direct_note(profile, model)))
+    show_plan(replace(planned, notes=notes), as_json)
 
 
 @app.command(epilog="Example: dsv4-quantize convert DeepSeek-V4-Flash flash-fp4 --recipe fp4")
@@ -290,63 +288,6 @@ def _line_per_file(console: Console) -> Callable[[str, int], None]:
             console.print(file, highlight=False)
 
     return tell
-
-
-def _plan_data(plan: Plan) -> dict[str, Any]:
-    sizes, machine, notes = plan.sizes, plan.machine, _notes(plan)
-    return {
-        "sizes": {**vars(sizes), "experts": sizes.experts, "routed_per_token": sizes.routed},
-        "machine": vars(machine),
-        "experts_in": plan.experts_in,
-        "lookup_in": plan.lookup_in,
-        "expert_memory": plan.expert_memory,
-        "fits": plan.problem is None,
-        "problem": plan.problem,
-        "derived_tokens_per_second": {"serial": plan.serial, "overlapped": plan.overlapped},
-        "limit": plan.limit,
-        **({"note": "; ".join(notes)} if notes else {}),
-    }
-
-
-def _notes(plan: Plan) -> list[str]:
-    """Where the plan is arithmetic, and this version does otherwise."""
-    notes, sizes = [], plan.sizes
-    if 0 < plan.experts_in["vram"] < sizes.num_experts:
-        notes.append(
-            "a part of the experts in VRAM is arithmetic: this version keeps experts in RAM or on "
-            "disk"
-        )
-    return notes
-
-
-def _plan_table(plan: Plan) -> Table:
-    sizes, fast = plan.sizes, "VRAM" if plan.machine.vram else "RAM"
-    table = Table("part", "bytes", "per token", "where")
-    table.add_row(
-        "dense, read for every token", format_size(sizes.dense), *[format_size(sizes.dense), fast]
-    )
-    table.add_row("cache of the context", format_size(sizes.cache), "", fast)
-    table.add_row("embedding table", format_size(sizes.embedding), "one row", "RAM")
-    if sizes.lookup:
-        table.add_row(
-            "lookup tables", format_size(sizes.lookup), "some rows", _TIER[plan.lookup_in]
-        )
-    for tier, count in plan.experts_in.items():
-        share = count / max(sizes.num_experts, 1)
-        if count:
-            table.add_row(
-                f"routed experts ({count} of {sizes.num_experts})",
-                format_size(count * sizes.expert),
-                format_size(share * sizes.routed),
-                _TIER[tier],
-            )
-    for name, size, told in (
-        ("draft heads", sizes.draft, "not in plain decoding"),
-        ("vision", sizes.vision, "carried, not used"),
-    ):
-        if size:
-            table.add_row(name, format_size(size), "", told)
-    return table
 
 
 def _show_forecast(found: "Forecast", console: Console) -> None:

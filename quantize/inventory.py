@@ -4,6 +4,8 @@
 import copy
 import math
 import re
+from collections.abc import Callable
+from dataclasses import replace
 
 from modeling_dsv4.configuration_dsv4 import Dsv4Config
 from modeling_dsv4.safetensors_file import DTYPES
@@ -58,6 +60,12 @@ def model_sizes(config: Dsv4Config, recipe: Recipe, context: int = 65536) -> Mod
         vision=parts["vision"],
         cache=cache_bytes(config, context),
     )
+
+
+def sizes_by_context(config: Dsv4Config, recipe: Recipe) -> Callable[[int], ModelSizes]:
+    """`model_sizes` as a function of the context, for many of them."""
+    base = model_sizes(config, recipe, 0)
+    return lambda context: replace(base, cache=cache_bytes(config, context))
 
 
 def cache_bytes(config: Dsv4Config, context: int) -> int:

@@ -6,10 +6,14 @@ and D those of the dense part, a share h of R lies in the fast memory and the re
 
     t = (1 - h) R / link + (h R + D) / fast
 
-Nothing else is counted, so no program reaches these rates; they say which limit binds.
+Nothing else is counted, so no program reaches these rates; they say which limit binds. How large
+h is depends on the text. Three answers can be taken: the share of experts that lie there (every
+expert wanted equally often), a published curve of a least-recently-used cache, or a recorded one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .sizes import format_size
 
@@ -53,20 +57,123 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Machine:
-    """Memory in bytes and links in bytes per second; the rates are assumed unless measured."""
+    """Memory in bytes and links in bytes per second; the rates are assumed unless measured.
+
+    Attributes:
+        ram: host memory.
+        vram: memory of the GPU, or of each of several: layers are split over them, and a token
+            passes one after the other.
+        disk_rate, link_rate, ram_rate, vram_rate: disk, host to GPU, reading either memory.
+        expert_rate: bytes of packed experts that the CPU computes with; None is as fast as memory.
+        workspace: memory of each tier that is left to everything else.
+        cold: where experts in host memory are computed beside a GPU: "device" copies them,
+            "host" computes them on the CPU, "both" shares them out by these rates.
+    """
 
     ram: int
-    vram: int = 0
+    vram: int | tuple[int, ...] = 0
     disk_rate: int = 7 * 10**9
     link_rate: int = 55 * 10**9
     ram_rate: int = 80 * 10**9
     vram_rate: int = 1500 * 10**9
     workspace: int = 4 * 10**9
+    expert_rate: int | None = None
+    cold: str = "device"
+
+    @property
+    def cards(self) -> tuple[int, ...]:
+        """Memory of each GPU."""
+        cards = self.vram if isinstance(self.vram, tuple) else (self.vram,)
+        return tuple(card for card in cards if card)
+
+    @property
+    def cpu_rate(self) -> int:
+        """Bytes/s of experts that the CPU computes with; no faster than it can read them."""
+        return min(self.ram_rate, self.expert_rate or self.ram_rate)
+
+    @property
+    def cold_rate(self) -> int:
+        """Bytes/s of experts in host memory beside a GPU; what moves there is read there."""
+        copied = min(self.link_rate, self.ram_rate)
+        rates = {"device": copied, "host": self.cpu_rate, "both": copied + self.cpu_rate}
+        return min(rates[self.cold], self.ram_rate)
 
     def __post_init__(self) -> None:
         for name in ("disk_rate", "link_rate", "ram_rate", "vram_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: wanted more than 0 bytes/s, got {getattr(self, name)}")
+        if self.cold not in ("device", "host", "both"):
+            raise ValueError(f"cold: wanted device, host or both, got {self.cold!r}")
+
+
+@dataclass(frozen=True)
+class HitRates:
+    """How often a wanted expert lies in a cache, by the share of experts that the cache holds.
+
+    Attributes:
+        name: where the numbers are from.
+        curve: (share, rate) in ascending order, straight lines between them.
+        fixed: rates of the fastest tier, and of it together with the next; they go before `curve`.
+    """
+
+    name: str
+    curve: tuple[tuple[float, float], ...] = ((0.0, 0.0), (1.0, 1.0))
+    fixed: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        steps = (0.0, *self.fixed)
+        if any(not a <= b <= 1 for a, b in pairwise(steps)):
+            raise ValueError(f"hit rates: wanted 0 to 1 and ascending, got {self.fixed}")
+
+    def at(self, share: float) -> float:
+        """Rate of a cache that holds this share of all experts."""
+        (x0, y0), (x1, y1) = next(pair for pair in pairwise(self.curve) if share <= pair[1][0])
+        return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
+
+    def split(self, shares: Sequence[float]) -> list[float]:
+        """Share of reads that each tier serves, given its share of experts, fastest first."""
+        reached, held, out = 0.0, 0.0, []
+        fixed = list(self.fixed)
+        for share in shares:
+            held += share
+            known = fixed.pop(0) if fixed and share else None
+            now = self.at(min(held, 1.0)) if known is None else known
+            if held >= 1 - 1e-9:
+                now = 1.0
+            out.append(max(now - reached, 0.0))
+            reached = max(now, reached)
+        return out
+
+
+UNIFORM = HitRates("every expert wanted equally often (assumed)")
+# acupof-ai/cachedMoE: V4.1, 27,399 tokens of 40 prompts, one exact LRU over all layers.
+PUBLISHED = HitRates(
+    "an LRU cache over a published V4.1 trace (assumed)",
+    (
+        (0.0, 0.0), (0.05, 0.552), (0.1, 0.693), (0.15, 0.774), (0.2, 0.828), (0.25, 0.865),
+        (0.3, 0.892), (0.4, 0.929), (0.5, 0.954), (1.0, 1.0),
+    ),
+)  # fmt: skip
+
+
+def read_hit_rates(text: str) -> HitRates:
+    """Read "uniform", "published", a rate of the fastest tier, or two: with the next one's.
+
+    Raises:
+        ValueError: something else.
+    """
+    named = {"uniform": UNIFORM, "published": PUBLISHED}
+    if text in named:
+        return named[text]
+    try:
+        fixed = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        fixed = ()
+    if not 1 <= len(fixed) <= 2:
+        raise ValueError(
+            f"hit rate: wanted uniform, published, or one or two rates of 0 to 1, got {text!r}"
+        )
+    return HitRates("as given", fixed=fixed)
 
 
 @dataclass(frozen=True)
@@ -81,6 +188,9 @@ class Plan:
         serial: derived tokens/s if all transfers wait for each other.
         overlapped: derived tokens/s if the slowest hides the others.
         limit: which link binds.
+        hits: what was taken for the share of reads that a tier serves.
+        served: that share, by tier.
+        seconds: per token, by link.
     """
 
     sizes: ModelSizes
@@ -91,6 +201,9 @@ class Plan:
     serial: float
     overlapped: float
     limit: str
+    hits: HitRates
+    served: dict[str, float]
+    seconds: dict[str, float]
 
     @property
     def expert_memory(self) -> int:
@@ -111,15 +224,15 @@ def ceiling(sizes: ModelSizes, hit_rate: float, link_rate: float, fast_rate: flo
     return 1 / (slow + (hit_rate * sizes.routed + sizes.dense) / fast_rate)
 
 
-def place(sizes: ModelSizes, machine: Machine) -> Plan:
+def place(sizes: ModelSizes, machine: Machine, hits: HitRates = UNIFORM) -> Plan:
     """Fill the fastest tier first: dense part and cache, then experts; the rest stays on disk.
 
-    A token is taken to want every expert equally often: the resident share is the hit rate. Real
-    routing is uneven, and a cache does better than this.
+    Several GPUs are one tier: whole layers lie on each, and so do their experts.
     """
-    fast = machine.vram or machine.ram
-    left = fast - _reserve(fast, machine) - sizes.dense - sizes.cache
-    ram = machine.ram - _reserve(machine.ram, machine) if machine.vram else left
+    cards = machine.cards
+    fast = cards or (machine.ram,)
+    left = sum(card - _reserve(card, machine) for card in fast) - sizes.dense - sizes.cache
+    ram = machine.ram - _reserve(machine.ram, machine) if cards else left
     # One row a token: the table can stay in host memory.
     ram -= sizes.embedding
     problem = _shortfall(sizes, machine)
@@ -127,15 +240,18 @@ def place(sizes: ModelSizes, machine: Machine) -> Plan:
     if lookup_in == "ram":
         ram -= sizes.lookup
     count, experts_in = sizes.num_experts, {"vram": 0, "ram": 0, "disk": 0}
-    for tier, room in (("vram", left if machine.vram else 0), ("ram", ram)):
+    for tier, room in (("vram", left if cards else 0), ("ram", ram)):
         experts_in[tier] = min(count, max(0, room) // sizes.expert) if sizes.expert else count
         count -= experts_in[tier]
     experts_in["disk"] = count
-    seconds = _seconds(sizes, machine, experts_in)
+    shares = [n / max(sizes.num_experts, 1) for n in experts_in.values()]
+    served = dict(zip(experts_in, hits.split(shares), strict=True))
+    seconds = _seconds(sizes, machine, served)
     limit = max(seconds, key=seconds.__getitem__)
     return Plan(
         sizes, machine, experts_in, lookup_in, problem,
         serial=1 / sum(seconds.values()), overlapped=1 / seconds[limit], limit=limit,
+        hits=hits, served=served, seconds=seconds,
     )  # fmt: skip
 
 
@@ -147,35 +263,41 @@ def _reserve(tier: int, machine: Machine) -> int:
 def _in_ram(sizes: ModelSizes, machine: Machine) -> int:
     """Bytes that host memory holds at least."""
     # An expert passes through host memory on its way from the disk.
-    dense = 0 if machine.vram else sizes.dense + sizes.cache
+    dense = 0 if machine.cards else sizes.dense + sizes.cache
     return sizes.embedding + sizes.expert + dense
 
 
 def _shortfall(sizes: ModelSizes, machine: Machine) -> str | None:
     """Name the parts that do not fit, and the memory that would hold them."""
-    tiers = [("RAM", machine.ram, _in_ram(sizes, machine))]
-    if machine.vram:
-        tiers.insert(0, ("VRAM", machine.vram, sizes.dense + sizes.cache))
-    for tier, have, parts in tiers:
-        wanted = min(parts + machine.workspace, -(-8 * parts // 7))
-        if have < wanted:
+    tiers: list[tuple[str, tuple[int, ...], int]] = [
+        ("RAM", (machine.ram,), _in_ram(sizes, machine))
+    ]
+    if machine.cards:
+        tiers.insert(0, ("VRAM", machine.cards, sizes.dense + sizes.cache))
+    for tier, cards, parts in tiers:
+        wanted = min(parts + len(cards) * machine.workspace, -(-8 * parts // 7))
+        if sum(card - _reserve(card, machine) for card in cards) < parts:
             what = "the embedding and one expert"
-            if tier == "VRAM" or not machine.vram:
+            if tier == "VRAM" or not machine.cards:
                 what = "the part read for every token and its cache"
-            return f"{what} want {format_size(wanted)} of {tier}, got {format_size(have)}"
+            have = format_size(sum(cards))
+            return f"{what} want {format_size(wanted)} of {tier}, got {have}"
     return None
 
 
-def _seconds(sizes: ModelSizes, machine: Machine, experts_in: dict[str, int]) -> dict[str, float]:
+def _seconds(sizes: ModelSizes, machine: Machine, served: dict[str, float]) -> dict[str, float]:
     """Seconds per token by link."""
-    routed = {k: sizes.routed * n / max(sizes.num_experts, 1) for k, n in experts_in.items()}
-    if not machine.vram:
+    routed = {tier: sizes.routed * share for tier, share in served.items()}
+    if not machine.cards:
+        # What comes from the disk is computed with as well.
+        computed = (routed["ram"] + routed["disk"]) / machine.cpu_rate
         return {
-            "ram": (routed["ram"] + sizes.dense) / machine.ram_rate,
+            "ram": computed + sizes.dense / machine.ram_rate,
             "disk": routed["disk"] / machine.disk_rate,
         }
+    computes = machine.cold == "host"
     return {
         "vram": (routed["vram"] + sizes.dense) / machine.vram_rate,
-        "link": routed["ram"] / machine.link_rate,
+        "cpu" if computes else "link": (routed["ram"] + routed["disk"]) / machine.cold_rate,
         "disk": routed["disk"] / machine.disk_rate,
     }

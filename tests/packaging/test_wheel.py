@@ -47,7 +47,7 @@ def test_the_wheel_holds_every_module_of_the_three_packages(
 
 def test_each_program_names_a_function_that_exists(pyproject: dict[str, Any]) -> None:
     scripts = pyproject["project"]["scripts"]
-    assert set(scripts) == {"dsv4-quantize", "dsv4-finetune"}
+    assert set(scripts) == {"dsv4-quantize", "dsv4-run", "dsv4-finetune"}
     for target in scripts.values():
         module, function = target.split(":")
         assert callable(getattr(importlib.import_module(module), function)), target

@@ -14,8 +14,10 @@ from quantize.checksums import Checksums
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """Run the program with arguments: (exit code, standard output, standard error)."""
+    # Plans must not depend on what this machine was once measured at.
+    monkeypatch.setattr("quantize.machine.profile_path", lambda: tmp_path / "machine.json")
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dsv4-quantize", *map(str, arguments)])
@@ -211,3 +213,38 @@ def test_export_gives_the_release_back(run, release: Path, tmp_path: Path) -> No
     file = tmp_path / "model.gguf"
     assert run("export", tmp_path / "out", file, "--format", "gguf", "--quiet") == (0, "", "")
     assert file.read_bytes().startswith(b"GGUF")
+
+
+def test_a_plan_says_what_it_took_for_caches_and_rates(run, golden_dir: Path) -> None:
+    config = golden_dir / "configs" / "v4-flash.json"
+    machine = ("--vram", "32GB", "--ram", "64GB")
+    uniform = json.loads(run("plan", config, *machine, "--json")[1])
+    published = json.loads(run("plan", config, *machine, "--hit-rate", "published", "--json")[1])
+    assert "assumed" in uniform["hit_rates"] and "assumed" in published["hit_rates"]
+    assert uniform["measured"] == []
+    assert published["served_by_tier"]["vram"] > uniform["served_by_tier"]["vram"]
+    given = json.loads(run("plan", config, *machine, "--hit-rate", "0.5,0.75", "--json")[1])
+    assert list(given["served_by_tier"].values()) == pytest.approx([0.5, 0.25, 0.25])
+    text = run("plan", config, *machine, "--hit-rate", "0.5,0.75", "--disk", "3GB/s")[1]
+    assert "VRAM 50%, RAM 25%, disk 25%; as given" in text
+    assert "disk 3 GB/s assumed" in text
+    assert run("plan", config, "--hit-rate", "often")[0] == 1
+    assert run("plan", config, "--cold", "fridge")[0] == 1
+
+
+def test_two_gpus_are_one_tier_that_each_keeps_room_on(run, golden_dir: Path) -> None:
+    config = golden_dir / "configs" / "v4-flash.json"
+    one = json.loads(run("plan", config, "--vram", "48GB", "--ram", "64GB", "--json")[1])
+    two = json.loads(run("plan", config, "--vram", "24GB,24GB", "--ram", "64GB", "--json")[1])
+    lost = (one["experts_in"]["vram"] - two["experts_in"]["vram"]) * one["sizes"]["expert"]
+    assert lost == pytest.approx(24e9 / 8 * 2 - 4e9, rel=0.01)
+
+
+def test_what_would_fit_does(run, golden_dir: Path) -> None:
+    config = golden_dir / "configs" / "v4-flash.json"
+    wish = ("--ram", "64GB", "--vram", "9GB", "--context", "1048576")
+    text = run("plan", config, *wish)[1]
+    ways = re.search(r"would fit: (.*)", text)
+    assert ways is not None
+    for way in ways[1].split(", or "):
+        assert json.loads(run("plan", config, *wish, *way.split(), "--json")[1])["problem"] is None

@@ -6,7 +6,16 @@ import re
 
 import pytest
 
-from quantize.placement import Machine, ModelSizes, ceiling, place
+from quantize.placement import (
+    PUBLISHED,
+    UNIFORM,
+    HitRates,
+    Machine,
+    ModelSizes,
+    ceiling,
+    place,
+    read_hit_rates,
+)
 
 GB = 10**9
 FLASH = ModelSizes(
@@ -99,3 +108,49 @@ def test_the_memory_that_was_asked_for_is_enough(vram: float, ram: float) -> Non
 def test_a_rate_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="disk_rate: wanted more than 0"):
         Machine(ram=GB, disk_rate=0)
+
+
+@pytest.mark.parametrize("hits", [UNIFORM, PUBLISHED, HitRates("x", fixed=(0.3,))])
+def test_every_read_is_served_once(hits: HitRates) -> None:
+    for vram, ram in ((0, 16), (0, 256), (32, 32), (32, 128), (192, 64), (32, 512)):
+        served = place(FLASH, Machine(ram=ram * GB, vram=vram * GB), hits).served
+        assert sum(served.values()) == pytest.approx(1)
+        assert min(served.values()) >= 0
+
+
+def test_the_published_curve_is_met_at_its_points_and_straight_between_them() -> None:
+    assert PUBLISHED.at(0.1) == pytest.approx(0.693)
+    assert PUBLISHED.at(0.125) == pytest.approx((0.693 + 0.774) / 2)
+    assert [PUBLISHED.at(0), PUBLISHED.at(1)] == [0, 1]
+    assert UNIFORM.at(0.37) == pytest.approx(0.37)
+    assert PUBLISHED.split([0.1, 0.4, 0.5]) == pytest.approx([0.693, 0.261, 0.046])
+
+
+def test_what_is_known_goes_before_a_curve_and_whole_memory_hits_always() -> None:
+    assert read_hit_rates("0.6,0.9").split([0.1, 0.4, 0.5]) == pytest.approx([0.6, 0.3, 0.1])
+    assert read_hit_rates("0.6").split([0.0, 0.4, 0.6]) == pytest.approx([0.0, 0.6, 0.4])
+    assert read_hit_rates("0.6").split([0.4, 0.6, 0.0]) == pytest.approx([0.6, 0.4, 0.0])
+    for wrong in ("often", "0.9,0.6", "1.1", "0.1,0.2,0.3", ""):
+        with pytest.raises(ValueError, match="hit rate"):
+            read_hit_rates(wrong)
+
+
+def test_cold_experts_cost_the_slower_of_link_and_memory_and_both_share_it() -> None:
+    machine = Machine(ram=256 * GB, vram=32 * GB, link_rate=50 * GB, ram_rate=80 * GB)
+    rate = {
+        cold: dataclasses.replace(machine, cold=cold, expert_rate=20 * GB).cold_rate / GB
+        for cold in ("device", "host", "both")
+    }
+    assert rate == {"device": 50, "host": 20, "both": 70}
+    assert dataclasses.replace(machine, cold="both").cold_rate == 80 * GB
+    assert dataclasses.replace(machine, link_rate=90 * GB).cold_rate == 80 * GB
+    assert place(FLASH, dataclasses.replace(machine, cold="host", expert_rate=GB)).limit == "cpu"
+    with pytest.raises(ValueError, match="cold: wanted device, host or both"):
+        dataclasses.replace(machine, cold="fridge")
+
+
+def test_without_a_gpu_the_cpu_computes_what_the_disk_gives_too() -> None:
+    slow = place(FLASH, Machine(ram=256 * GB, expert_rate=GB))
+    assert slow.serial == pytest.approx(1 / (FLASH.routed / GB + FLASH.dense / (80 * GB)))
+    some = place(FLASH, Machine(ram=64 * GB, expert_rate=GB, disk_rate=1000 * GB))
+    assert some.seconds["ram"] == pytest.approx(slow.seconds["ram"])

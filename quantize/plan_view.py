@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as a table for people, or as data."""
+
+import json
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .placement import Plan
+from .planning import Planned
+from .sizes import format_size
+
+_TIER = {"vram": "VRAM", "ram": "RAM", "disk": "disk"}
+
+
+def show_plan(planned: Planned, as_json: bool) -> None:
+    """Print a plan to standard output."""
+    plan = planned.plan
+    if as_json:
+        typer.echo(json.dumps(_plan_data(planned), indent=1))
+        return
+    console = Console()
+    console.print(_plan_table(plan))
+    if plan.problem:
+        console.print(f"does not fit: {plan.problem}")
+        if planned.nearest:
+            console.print(f"would fit: {', or '.join(planned.nearest)}")
+        return
+    console.print(
+        f"derived from sizes and links, not measured: at most {plan.overlapped:.3g} tokens/s if "
+        f"transfers overlap, {plan.serial:.3g} if they do not; {plan.limit} is the limit"
+    )
+    console.print(f"share of expert reads by tier: {_shares(plan)}; {plan.hits.name}")
+    console.print(f"rates: {', '.join(_rates(planned))}")
+    for note in (*_notes(plan), *planned.notes):
+        console.print(note)
+    engram = ', engram_memory="256MiB"' if plan.lookup_in == "disk" else ""
+    console.print(f'load with from_pretrained(..., expert_memory="{plan.expert_memory}B"{engram})')
+
+
+def _shares(plan: Plan) -> str:
+    told = (f"{_TIER[tier]} {share:.0%}" for tier, share in plan.served.items() if share)
+    return ", ".join(told)
+
+
+def _rates(planned: Planned) -> list[str]:
+    """The rates that the plan rests on, and whether each was measured here."""
+    plan = planned.plan
+    names = ["disk_rate", "ram_rate"] + ["link_rate", "vram_rate"] * bool(plan.machine.cards)
+    if plan.machine.expert_rate and (not plan.machine.cards or plan.machine.cold != "device"):
+        names.append("expert_rate")
+    told = {name: "measured" if name in planned.measured else "assumed" for name in names}
+    return [
+        f"{name.removesuffix('_rate')} {format_size(getattr(plan.machine, name))}/s {how}"
+        for name, how in told.items()
+    ]
+
+
+def _plan_data(planned: Planned) -> dict[str, Any]:
+    plan = planned.plan
+    sizes, machine, notes = plan.sizes, plan.machine, [*_notes(plan), *planned.notes]
+    return {
+        "sizes": {**vars(sizes), "experts": sizes.experts, "routed_per_token": sizes.routed},
+        "machine": vars(machine),
+        "experts_in": plan.experts_in,
+        "lookup_in": plan.lookup_in,
+        "expert_memory": plan.expert_memory,
+        "fits": plan.problem is None,
+        "problem": plan.problem,
+        "derived_tokens_per_second": {"serial": plan.serial, "overlapped": plan.overlapped},
+        "limit": plan.limit,
+        "served_by_tier": plan.served,
+        "hit_rates": plan.hits.name,
+        "seconds_by_link": plan.seconds,
+        "context": planned.context,
+        "measured": list(planned.measured),
+        "nearest": list(planned.nearest),
+        **({"note": "; ".join(notes)} if notes else {}),
+    }
+
+
+def _notes(plan: Plan) -> list[str]:
+    """Where the plan is arithmetic, and this version does otherwise."""
+    notes, sizes = [], plan.sizes
+    if 0 < plan.experts_in["vram"] < sizes.num_experts:
+        notes.append(
+            "a part of the experts in VRAM is arithmetic: this version keeps experts in RAM or on "
+            "disk"
+        )
+    return notes
+
+
+def _plan_table(plan: Plan) -> Table:
+    sizes, fast = plan.sizes, "VRAM" if plan.machine.cards else "RAM"
+    table = Table("part", "bytes", "per token", "where")
+    table.add_row(
+        "dense, read for every token", format_size(sizes.dense), *[format_size(sizes.dense), fast]
+    )
+    table.add_row("cache of the context", format_size(sizes.cache), "", fast)
+    table.add_row("embedding table", format_size(sizes.embedding), "one row", "RAM")
+    if sizes.lookup:
+        table.add_row(
+            "lookup tables", format_size(sizes.lookup), "some rows", _TIER[plan.lookup_in]
+        )
+    for tier, count in plan.experts_in.items():
+        if count:
+            table.add_row(
+                f"routed experts ({count} of {sizes.num_experts})",
+                format_size(count * sizes.expert),
+                format_size(plan.served[tier] * sizes.routed),
+                _TIER[tier],
+            )
+    for name, size, told in (
+        ("draft heads", sizes.draft, "not in plain decoding"),
+        ("vision", sizes.vision, "carried, not used"),
+    ):
+        if size:
+            table.add_row(name, format_size(size), "", told)
+    return table

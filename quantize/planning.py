@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan for this machine or a wished one: measured rates where there are some, and ways out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .machine import MachineProfile, is_wsl
+from .memory import available_memory
+from .placement import UNIFORM, HitRates, Machine, ModelSizes, Plan, place
+from .sizes import format_size, parse_size
+
+_LEAST_CONTEXT = 1024
+# What Windows lets its subsystem pin; not documented as a number, so a guess that errs low.
+_WSL_PINNED = 0.5
+SizesOf = Callable[[int], ModelSizes]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, what it rests on, and what would fit if it does not.
+
+    Attributes:
+        plan: the arithmetic.
+        context: tokens of context that it has room for.
+        measured: rates that this machine was measured at; all others are assumed.
+        nearest: settings that would fit, if this does not.
+        notes: what this system cannot do as well as others.
+    """
+
+    plan: Plan
+    context: int
+    measured: tuple[str, ...] = ()
+    nearest: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_vram(text: str) -> int | tuple[int, ...]:
+    """Read one size, or one for each GPU: "24GB,24GB"."""
+    cards = tuple(parse_size(part) for part in text.split(","))
+    return cards if len(cards) > 1 else cards[0]
+
+
+def with_rates(
+    machine: Machine, profile: MachineProfile | None, model: Path
+) -> tuple[Machine, tuple[str, ...]]:
+    """The machine with the rates that were measured, and their names."""
+    if profile is None:
+        return machine, ()
+    disk = profile.disk(model)
+    rates = {
+        "disk_rate": disk.rate if disk else None,
+        "ram_rate": profile.ram_rate,
+        "expert_rate": profile.expert_rate,
+        "link_rate": profile.link_rate,
+        "vram_rate": profile.vram_rate,
+    }
+    known: dict[str, Any] = {name: int(rate) for name, rate in rates.items() if rate}
+    return replace(machine, **known), tuple(known)
+
+
+def make_plan(
+    sizes_of: SizesOf,
+    context: int,
+    machine: Machine,
+    hits: HitRates = UNIFORM,
+    measured: tuple[str, ...] = (),
+) -> Planned:
+    """Plan, and look for what would fit if this does not.
+
+    Args:
+        sizes_of: bytes of the model's parts for a context.
+        context: tokens to make room for.
+        machine: memory and rates.
+        hits: what is taken for the caches.
+        measured: names of the rates that are.
+    """
+    plan = place(sizes_of(context), machine, hits)
+    ways: tuple[str, ...] = ()
+    if plan.problem is not None:
+        ways = tuple(_nearest(sizes_of, context, machine))
+    return Planned(plan, context, measured, ways, tuple(system_notes(plan)))
+
+
+def _nearest(sizes_of: SizesOf, context: int, machine: Machine) -> list[str]:
+    """Settings that would fit, each a change of one thing."""
+    found = []
+    shorter = context // 2
+    while shorter >= _LEAST_CONTEXT:
+        if place(sizes_of(shorter), machine).problem is None:
+            found.append(f"--context {shorter}")
+            break
+        shorter //= 2
+    sizes = sizes_of(context)
+    for name in ("ram", "vram") if machine.cards else ("ram",):
+        size = _least(name, sizes, machine)
+        if size is not None:
+            found.append(f"--{name} {size / 1e9:.1f}GB")
+    return found
+
+
+def _least(name: str, sizes: ModelSizes, machine: Machine) -> int | None:
+    """The least memory of a kind that fits, to a tenth of a GB; None if it alone is no help."""
+    step = 10**8
+
+    def fits(tenths: int) -> bool:
+        size = tenths * step
+        other = replace(machine, ram=size) if name == "ram" else replace(machine, vram=size)
+        return place(sizes, other).problem is None
+
+    low, high = 0, 4 * 10**13 // step
+    if not fits(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high * step
+
+
+def system_notes(plan: Plan) -> list[str]:
+    """What this system does worse than the arithmetic: pinned memory, reads past the cache."""
+    notes = []
+    in_ram = plan.experts_in["ram"] * plan.sizes.expert
+    if is_wsl() and plan.machine.cards and in_ram > _WSL_PINNED * plan.machine.ram:
+        notes.append(
+            f"WSL2 limits pinned memory, to about half of all (assumed): of {format_size(in_ram)} "
+            f"of experts in RAM, what exceeds {format_size(_WSL_PINNED * plan.machine.ram)} is "
+            "copied at a fraction of the link's rate"
+        )
+    return notes
+
+
+def direct_note(profile: MachineProfile | None, model: Path) -> list[str]:
+    """A note where the disk was found not to allow O_DIRECT."""
+    disk = profile.disk(model) if profile else None
+    if disk is None or disk.direct:
+        return []
+    where = "; a model on Windows' disk belongs into WSL2's own" if is_wsl() else ""
+    return [f"the model's disk allows no O_DIRECT: reads pass the system's page cache{where}"]
+
+
+def this_ram(wished: int | None) -> int:
+    """Host memory as wished, or as there is."""
+    return available_memory() if wished is None else wished

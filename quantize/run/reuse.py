@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caches of what was read, so that a text which begins like an earlier one is not read twice."""
+
+import copy
+from dataclasses import dataclass
+
+from modeling_dsv4 import Dsv4Cache, Dsv4Config
+
+
+@dataclass
+class Kept:
+    """A cache and the ids [n] that it has read."""
+
+    ids: list[int]
+    cache: Dsv4Cache
+
+
+class Reuse:
+    """The last few caches, the least recently used first.
+
+    A cache goes on where it ends, or a little before: what it can take back is its `max_rewind`.
+    """
+
+    def __init__(self, config: Dsv4Config, slots: int = 1) -> None:
+        self.config, self.slots = config, slots
+        self.kept: list[Kept] = []
+
+    def take(self, ids: list[int]) -> Kept:
+        """The cache that has read most of `ids`' beginning, or an empty one; it leaves the list.
+
+        At least one of `ids` is left to read, since the logits behind the last one are wanted.
+        """
+        best = max(self.kept, key=lambda kept: _usable(kept, ids), default=None)
+        if best is None or not _usable(best, ids):
+            return Kept([], Dsv4Cache(self.config))
+        self.kept.remove(best)
+        shared = _usable(best, ids)
+        best.cache.crop(shared - len(best.ids))
+        best.ids = best.ids[:shared]
+        return best
+
+    def keep(self, kept: Kept) -> None:
+        """Remember a cache; one whose last pass did not finish is good for nothing."""
+        if not kept.cache.finished or not kept.ids:
+            return
+        self.kept.append(kept)
+        del self.kept[: -self.slots]
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self.kept.clear()
+
+
+def fork(kept: Kept) -> Kept:
+    """A copy that goes its own way from here."""
+    config = kept.cache.config
+    return Kept(list(kept.ids), copy.deepcopy(kept.cache, {id(config): config}))
+
+
+def _usable(kept: Kept, ids: list[int]) -> int:
+    """How many of `ids` this cache can spare a reader."""
+    shared = 0
+    for mine, wanted in zip(kept.ids, ids[:-1], strict=False):
+        if mine != wanted:
+            break
+        shared += 1
+    back = len(kept.ids) - shared
+    # Taking back more than is saved would spoil another conversation that begins alike.
+    within = back <= min(kept.cache.max_rewind, kept.cache.rewindable, shared)
+    return shared if within or not back else 0

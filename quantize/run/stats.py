@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What answers cost: time, where experts came from, bytes a token over each link."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+from ..machine import MachineProfile
+from ..sizes import format_size, format_time
+
+# Counters that are no running sums: of several answers the last one stands.
+_LEVELS = ("resident_bytes",)
+
+
+@dataclass
+class RunStats:
+    """Sums over one answer or several.
+
+    Attributes:
+        answers: how many.
+        prompt_tokens, reused_tokens: tokens of the prompts, and of these not read again.
+        new_tokens: tokens written.
+        prefill_seconds, decode_seconds: until an answer's first token, and from there.
+        counts: what `model.stats()` grew by; keys that a model does not count are missing.
+        layer_waits: seconds that each layer waited for its experts.
+        measured: rates of this machine, bytes/s by link, where it was calibrated.
+    """
+
+    answers: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    counts: dict[str, float] = field(default_factory=dict)
+    layer_waits: list[float] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: "RunStats") -> None:
+        """Add another's sums to these."""
+        for name in ("answers", "prompt_tokens", "reused_tokens", "new_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.prefill_seconds += other.prefill_seconds
+        self.decode_seconds += other.decode_seconds
+        for key, value in other.counts.items():
+            before = 0 if key in _LEVELS else self.counts.get(key, 0)
+            self.counts[key] = before + value
+        longest = max(len(self.layer_waits), len(other.layer_waits))
+        mine, more = (x + [0.0] * (longest - len(x)) for x in (self.layer_waits, other.layer_waits))
+        self.layer_waits = [a + b for a, b in zip(mine, more, strict=True)]
+        self.measured = other.measured or self.measured
+
+    @property
+    def read_tokens(self) -> int:
+        """Prompt tokens that passed the model."""
+        return self.prompt_tokens - self.reused_tokens
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return _ratio(self.read_tokens, self.prefill_seconds)
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second behind the first of each answer, which the prefill gives."""
+        return _ratio(max(self.new_tokens - self.answers, 0), self.decode_seconds)
+
+    @property
+    def hit_rates(self) -> dict[str, float]:
+        """Share of expert uses by the tier that served them; empty if all are resident."""
+        served = {
+            "device": self.counts.get("device_hits", 0),
+            "memory": self.counts.get("hits", 0),
+            "disk": self.counts.get("misses", 0),
+        }
+        total = sum(served.values())
+        return {tier: n / total for tier, n in served.items()} if total else {}
+
+    @property
+    def bytes_by_link(self) -> dict[str, float]:
+        """Bytes that crossed each link."""
+        keys = {
+            "disk": ("bytes_read", "engram_bytes_read"),
+            "host to device": ("device_bytes_copied",),
+        }
+        found = {link: sum(self.counts.get(k, 0) for k in names) for link, names in keys.items()}
+        return {link: size for link, size in found.items() if size}
+
+    @property
+    def bytes_per_token(self) -> dict[str, float]:
+        """The same for one token that passed the model."""
+        tokens = self.read_tokens + self.new_tokens
+        return {link: _ratio(size, tokens) for link, size in self.bytes_by_link.items()}
+
+    @property
+    def achieved(self) -> dict[str, float]:
+        """Bytes/s over each link while it was busy, where that time is counted."""
+        seconds = {
+            "disk": self.counts.get("read_seconds", 0),
+            "host to device": self.counts.get("device_copy_seconds", 0),
+        }
+        sizes = self.bytes_by_link
+        return {link: sizes[link] / s for link, s in seconds.items() if s and link in sizes}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return {
+            **asdict(self),
+            "prefill_tokens_per_second": self.prefill_rate,
+            "decode_tokens_per_second": self.decode_rate,
+            "hit_rates": self.hit_rates,
+            "bytes_per_token": self.bytes_per_token,
+            "achieved_bytes_per_second": self.achieved,
+            "wait_seconds": self.counts.get("wait_seconds", 0.0),
+        }
+
+    def table(self) -> Table:
+        """All of it for a person."""
+        table = Table("what", "figure", show_header=False)
+        read = f"{self.read_tokens} tokens in {format_time(self.prefill_seconds)}"
+        table.add_row("prompt", f"{read}, {self.prefill_rate:.3g} tokens/s")
+        if self.reused_tokens:
+            table.add_row("read before", f"{self.reused_tokens} tokens")
+        wrote = f"{self.new_tokens} tokens in {format_time(self.decode_seconds)}"
+        table.add_row("answer", f"{wrote}, {self.decode_rate:.3g} tokens/s")
+        for tier, share in self.hit_rates.items():
+            table.add_row(f"experts from {tier}", f"{share:.1%}")
+        for link, size in self.bytes_per_token.items():
+            table.add_row(f"{link}, per token", format_size(size))
+        for link, rate in self.achieved.items():
+            known = self.measured.get(link)
+            of = f", {rate / known:.0%} of {format_size(known)}/s measured" if known else ""
+            table.add_row(f"{link}, achieved", f"{format_size(rate)}/s{of}")
+        waited = self.counts.get("wait_seconds", 0)
+        if waited:
+            table.add_row("waited for experts", format_time(waited))
+            worst = sorted(range(len(self.layer_waits)), key=lambda i: -self.layer_waits[i])[:3]
+            for layer in worst:
+                table.add_row(f"  of it in store {layer}", format_time(self.layer_waits[layer]))
+        return table
+
+
+class Meter:
+    """Reads a model's counters before and behind an answer."""
+
+    def __init__(self, model: Any, profile: MachineProfile | None = None) -> None:
+        self.model, self.profile = model, profile
+        self._counts, self._waits = self._read()
+
+    def _read(self) -> tuple[dict[str, float], list[float]]:
+        counts = {k: v for k, v in self.model.stats().items() if isinstance(v, int | float)}
+        return counts, layer_waits(self.model)
+
+    def difference(self) -> RunStats:
+        """What has been counted since this meter was made."""
+        counts, waits = self._read()
+        grown = {k: v - (0 if k in _LEVELS else self._counts.get(k, 0)) for k, v in counts.items()}
+        before = self._waits + [0.0] * (len(waits) - len(self._waits))
+        return RunStats(
+            counts=grown,
+            layer_waits=[now - then for now, then in zip(waits, before, strict=True)],
+            measured=self.profile.links() if self.profile else {},
+        )
+
+
+def layer_waits(model: Any) -> list[float]:
+    """Seconds that each pack of the model's stores was waited for, in the stores' order."""
+    stores = {id(s): s for m in model.modules() if (s := getattr(m, "store", None)) is not None}
+    counts = [c for store in stores.values() for c in getattr(store, "counts", ())]
+    return [float(getattr(c, "wait_seconds", 0.0)) for c in counts]
+
+
+def _ratio(size: float, by: float) -> float:
+    return size / by if by else 0.0

@@ -22,7 +22,6 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -37,6 +36,8 @@ from .store import ExpertStore, Key
 if TYPE_CHECKING:
     from .experts import StoredExperts
 
+# Of one expert: places in the flat pairs, on the host or on the device.
+Pairs = list[int] | torch.Tensor
 # Missing experts of one wave: so many copies are in flight while the wave before is computed.
 _WAVE = 8
 # With more tokens than this an expert is used often enough to be worth its copy.
@@ -254,28 +255,49 @@ def run_waves(
         weights: [n, K] float32.
     """
     (n, k), layer = index.shape, module.layer
-    rows = ops.group_by_expert(index, module.num_experts)
-    ends = list(accumulate(rows.counts))
-    hit = [e for e, size in enumerate(rows.counts) if size]
-    pairs = {e: rows.order[ends[e] - rows.counts[e] : ends[e]] for e in hit}
-    hot, cold = tier.split(layer, hit, n)
+    pairs = _pairs_by_expert(index, module.num_experts)
+    hot, cold = tier.split(layer, list(pairs), n)
+    module.prepare([e for e in pairs if not tier.holds(layer, e)])
     flat = weights.flatten().float()
+    # Taken before the waves: behind them it would wait for their copies.
+    on_host = (x.cpu(), flat.cpu()) if cold else None
     y = x.new_zeros(n * k, module.hidden_size, dtype=torch.float32)
-    module.prepare([e for e in hit if not tier.holds(layer, e)])
     for wave in tier.waves(layer, hot):
         _compute(module, tier, wave, [pairs[e] for e in wave.experts], x, flat, y, k)
-    for e in cold:
-        rows_of = pairs[e] // k
-        out = module.run_expert(e, x[rows_of].cpu(), flat[pairs[e]].cpu())
-        y[pairs[e]] = out.to(y.device, torch.float32)
+    if on_host is not None:
+        for e in cold:
+            mine = torch.as_tensor(pairs[e]).cpu()
+            out = module.run_expert(e, on_host[0][mine // k], on_host[1][mine])
+            y[mine.to(y.device)] = out.to(y.device, torch.float32)
     return y.view(n, k, -1).sum(1)
+
+
+def _pairs_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, Pairs]:
+    """Pairs of each expert that was hit, by id: few on the host, many on the device."""
+    if len(index) <= _FEW_TOKENS:
+        found: dict[int, list[int]] = {}
+        for pair, e in enumerate(index.flatten().tolist()):
+            if e < num_experts:
+                found.setdefault(e, []).append(pair)
+        return {e: found[e] for e in sorted(found)}
+    rows = ops.group_by_expert(index, num_experts)
+    hit = [e for e, size in enumerate(rows.counts) if size]
+    return dict(zip(hit, rows.order.split([rows.counts[e] for e in hit]), strict=True))
+
+
+def _joined(pairs: list[Pairs], device: torch.device) -> torch.Tensor:
+    """Pairs of several experts one after the other, on the device."""
+    tensors = [part for part in pairs if isinstance(part, torch.Tensor)]
+    if tensors:
+        return torch.cat(tensors)
+    return torch.tensor([p for part in pairs for p in part]).to(device, non_blocking=True)
 
 
 def _compute(
     module: StoredExperts,
     tier: DeviceTier,
     wave: Wave,
-    pairs: list[torch.Tensor],
+    pairs: list[Pairs],
     x: torch.Tensor,
     weights: torch.Tensor,
     y: torch.Tensor,
@@ -284,7 +306,8 @@ def _compute(
     """Write the rows y [n * K, D] of a wave's pairs of tokens and experts."""
     if _by_kernel(module, tier, wave, pairs, x, weights, y, k):
         return
-    for e, slot, part in zip(wave.experts, wave.slots, pairs, strict=True):
+    for e, slot, mine in zip(wave.experts, wave.slots, pairs, strict=True):
+        part = _joined([mine], y.device)
         with module.reading(tier.slots[slot, : module.layout.of(e).nbytes]):
             y[part] = module.run_expert(e, x[part // k], weights[part]).float()
 
@@ -293,7 +316,7 @@ def _by_kernel(
     module: StoredExperts,
     tier: DeviceTier,
     wave: Wave,
-    pairs: list[torch.Tensor],
+    pairs: list[Pairs],
     x: torch.Tensor,
     weights: torch.Tensor,
     y: torch.Tensor,
@@ -310,7 +333,7 @@ def _by_kernel(
     if not experts.covers(x, *stacked):
         return False
     part = experts.Part(
-        torch.cat(pairs), [len(p) for p in pairs], wave.slots, module.num_experts, k
+        _joined(pairs, y.device), [len(p) for p in pairs], wave.slots, module.num_experts, k
     )
     experts.run_part(x, weights, part, *stacked, module.swiglu_limit, y)
     return True

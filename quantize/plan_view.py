@@ -34,10 +34,15 @@ def show_plan(planned: Planned, as_json: bool) -> None:
     )
     console.print(f"share of expert reads by tier: {_shares(plan)}; {plan.hits.name}")
     console.print(f"rates: {', '.join(_rates(planned))}")
-    for note in (*_notes(plan), *planned.notes):
+    for note in planned.notes:
         console.print(note)
-    engram = ', engram_memory="256MiB"' if plan.lookup_in == "disk" else ""
-    console.print(f'load with from_pretrained(..., expert_memory="{plan.expert_memory}B"{engram})')
+    options = [f'expert_memory="{plan.expert_memory}B"']
+    if plan.machine.cards and plan.experts_in["disk"] + plan.experts_in["ram"]:
+        size = plan.sizes.expert * plan.experts_in["vram"]
+        options += ['device_map="cuda"', f'expert_device_memory="{size}B"']
+    if plan.lookup_in == "disk":
+        options.append('engram_memory="256MiB"')
+    console.print(f"load with from_pretrained(..., {', '.join(options)})")
 
 
 def _shares(plan: Plan) -> str:
@@ -60,7 +65,7 @@ def _rates(planned: Planned) -> list[str]:
 
 def _plan_data(planned: Planned) -> dict[str, Any]:
     plan = planned.plan
-    sizes, machine, notes = plan.sizes, plan.machine, [*_notes(plan), *planned.notes]
+    sizes, machine, notes = plan.sizes, plan.machine, planned.notes
     return {
         "sizes": {**vars(sizes), "experts": sizes.experts, "routed_per_token": sizes.routed},
         "machine": vars(machine),
@@ -79,17 +84,6 @@ def _plan_data(planned: Planned) -> dict[str, Any]:
         "nearest": list(planned.nearest),
         **({"note": "; ".join(notes)} if notes else {}),
     }
-
-
-def _notes(plan: Plan) -> list[str]:
-    """Where the plan is arithmetic, and this version does otherwise."""
-    notes, sizes = [], plan.sizes
-    if 0 < plan.experts_in["vram"] < sizes.num_experts:
-        notes.append(
-            "a part of the experts in VRAM is arithmetic: this version keeps experts in RAM or on "
-            "disk"
-        )
-    return notes
 
 
 def _plan_table(plan: Plan) -> Table:

@@ -448,10 +448,10 @@ def run_part(
     x, first, second = _in_autocast(x), _open(gate_up), _open(down)
     pairs, f = y.shape[0], first.rows // 2
     if len(x) <= DECODE_ROWS:
-        places = torch.tensor(part.places).repeat_interleave(torch.tensor(part.counts))
-        index = places.to(x.device)[:, None]
+        places = [p for p, n in zip(part.places, part.counts, strict=True) for _ in range(n)]
+        index = torch.tensor(places)[:, None].to(x.device, non_blocking=True)
         rows, weights = x[part.order // part.top_k], routing[part.order][:, None]
-        y[part.order] = _decode(rows, weights.contiguous(), index, first, second, limit)
+        y[part.order] = _decode(rows, weights, index, first, second, limit)
         return
     plan, number, (bound, clamp) = part.plan(pairs), _number_type(x), _limit(limit)
     u, none = x.new_empty(len(part.order), f), x.new_empty(0, 2 * f)

@@ -176,12 +176,12 @@ def test_an_error_of_several_lines_is_told_in_one(run, monkeypatch: pytest.Monke
     assert run() == (1, "", "dsv4-quantize: one two\n")
 
 
-def test_a_plan_tells_what_this_version_does_not_do(run, golden_dir: Path) -> None:
+def test_a_plan_with_experts_and_tables_in_every_tier_fits(run, golden_dir: Path) -> None:
     config = golden_dir / "configs" / "v4.1-flash.json"
     data = json.loads(run("plan", config, "--vram", "32GB", "--ram", "24GB", "--json")[1])
     assert (data["lookup_in"], data["problem"]) == ("disk", None)
     assert data["fits"]
-    assert "keeps experts in RAM or on disk" in data["note"]
+    assert all(data["experts_in"].values())
     data = json.loads(run("plan", config, "--ram", "2TB", "--json")[1])
     assert data["fits"]
     assert "note" not in data

@@ -357,7 +357,7 @@ class Dsv4Model(Dsv4PreTrainedModel):
         if self.engram_hash is not None:
             if ids is None:
                 raise ValueError(
-                    "Engram looks memory up by token id: wanted `input_ids` too, got none"
+                    "Engram is read by id: wanted `input_ids` beside `inputs_embeds`, got none"
                 )
             told.live = None if types is None else types < 0
             ring = None if cache is None else cache.ngrams

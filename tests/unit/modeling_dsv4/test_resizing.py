@@ -23,6 +23,12 @@ MARKOV = {
 }
 
 
+def _assert_same_weights(one: Dsv4ForCausalLM, other: Dsv4ForCausalLM) -> None:
+    wanted = other.state_dict()
+    assert one.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(x, wanted[name]) for name, x in one.state_dict().items())
+
+
 def _ids(model: Any, length: int = 20) -> torch.Tensor:
     return torch.randint(3, model.config.vocab_size, (2, length))
 
@@ -42,7 +48,9 @@ def test_more_ids_leave_the_old_ones_as_they_were(tiny: Make, tmp_path: Path) ->
     again = Dsv4ForCausalLM.from_pretrained(tmp_path / "own").eval()
     save_official(model, tmp_path / "official")
     release = Dsv4ForCausalLM.from_pretrained(tmp_path / "official", dtype=torch.float32).eval()
-    assert torch.equal(again(ids).logits, model(ids).logits)
+    _assert_same_weights(again, model)
+    # Loaded weights lie at other addresses, on which some processors' last bit depends.
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(again.mtp[1].markov_head.head.weight, mtp.head.weight)
     # The release's layout rounds to bfloat16.
     assert release.config.vocab_size == 70
@@ -60,7 +68,8 @@ def test_fewer_ids_drop_the_rows_of_every_table(tiny: Make, tmp_path: Path) -> N
         assert torch.equal(model(ids).logits, before[..., :size])
         model.save_pretrained(tmp_path / kind)
         again = Dsv4ForCausalLM.from_pretrained(tmp_path / kind).eval()
-        assert torch.equal(again(ids).logits, before[..., :size])
+        _assert_same_weights(again, model)
+        torch.testing.assert_close(again(ids).logits, before[..., :size], rtol=1e-5, atol=1e-5)
 
 
 def test_a_size_is_rounded_up_to_a_multiple(tiny: Make) -> None:

@@ -36,13 +36,14 @@ from . import gemm, gemv
 
 # Rows and 32-code units of a matrix-vector tile.
 GEMV_TILES: dict[str, dict[str, int]] = {
-    "gate_up": {"BLOCK_N": 8, "BLOCK_U": 32, "num_warps": 1},
-    "down": {"BLOCK_N": 8, "BLOCK_U": 32, "num_warps": 1},
+    "grid": {"BLOCK_N": 8, "BLOCK_U": 32, "num_warps": 1},
+    "trellis": {"BLOCK_N": 8, "BLOCK_U": 32, "num_warps": 1},
 }
 # Weight rows and codes of a matrix tile.
 GEMM_TILES: dict[str, dict[str, int]] = {
-    "forward": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
-    "backward": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+    f"{kind} {way}": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+    for kind in ("grid", "trellis")
+    for way in ("forward", "backward")
 }
 _UNIT = 32
 
@@ -65,6 +66,11 @@ class Weight(NamedTuple):
     def trellis(self) -> bool:
         """Whether rows are rotated, and a code is a pair of columns."""
         return self.fixed["TRELLIS"]
+
+    @property
+    def kind(self) -> str:
+        """Which tiles it takes."""
+        return "trellis" if self.trellis else "grid"
 
     @property
     def experts(self) -> int:
@@ -110,7 +116,7 @@ class Weight(NamedTuple):
 
     def blocks(self, way: str, rows: int, run: int = 0) -> dict[str, Any]:
         """Sizes of a kernel's tile, "forward" or "backward" over a run of so many rows."""
-        tile = GEMM_TILES[way]
+        tile = GEMM_TILES[f"{self.kind} {way}"]
         even = self.codes % tile["BLOCK_K"] == 0 and run % tile["BLOCK_N"] == 0
         return {"BLOCK_M": rows, "EVEN": even, **tile, **self.fixed}
 
@@ -168,9 +174,9 @@ def _open(weight: StackedWeight) -> Weight:
     )
 
 
-def _grid(plan: Plan, size: int, way: str, axis: str) -> tuple[int]:
+def _grid(plan: Plan, size: int, blocks: dict[str, Any], axis: str) -> tuple[int]:
     """Programs for `size` outputs."""
-    return (len(plan.tiles) * triton.cdiv(size, GEMM_TILES[way][axis]),)
+    return (len(plan.tiles) * triton.cdiv(size, blocks[axis]),)
 
 
 # --- few tokens ---------------------------------------------------------------------------------
@@ -189,7 +195,7 @@ def _decode(
     u = x.new_empty(n * k, f, dtype=torch.float32 if down.trellis else x.dtype)
     y = x.new_empty(n * k, d, dtype=torch.float32)
     bound, clamp = clamp_limit(limit)
-    tile = GEMV_TILES["gate_up"]
+    tile = GEMV_TILES[gate_up.kind]
     gemv.gate_up_gemv[(n * k, triton.cdiv(f, tile["BLOCK_N"] // 2))](
         gate_up.in_pieces(x), index, routing, *gate_up.tensors, u,
         f, gate_up.codes // _UNIT, gate_up.groups, *gate_up.strides, gate_up.columns, bound,
@@ -197,7 +203,7 @@ def _decode(
     )  # fmt: skip
     if down.trellis:
         u = down.in_pieces(u)
-    tile = GEMV_TILES["down"]
+    tile = GEMV_TILES[down.kind]
     gemv.down_gemv[(n * k, triton.cdiv(d, tile["BLOCK_N"]))](
         u, index, *down.tensors, y,
         d, f, down.codes // _UNIT, down.groups, *down.strides, **down.fixed, **tile,
@@ -222,11 +228,12 @@ def _inner(
     count, f, (bound, clamp) = len(plan.order), gate_up.rows // 2, clamp_limit(limit)
     u = x.new_empty(count, f, dtype=torch.float32 if down.trellis else x.dtype)
     h = x.new_empty(count if keep else 0, 2 * f)
-    gemm.gate_up_gemm[_grid(plan, f, "forward", "BLOCK_N")](
+    blocks = gate_up.blocks("forward", plan.rows)
+    gemm.gate_up_gemm[_grid(plan, f, blocks, "BLOCK_N")](
         gate_up.split(x).to(x.dtype), routing, plan.order, plan.tiles, *gate_up.tensors, u, h,
         gate_up.experts, f, gate_up.codes, gate_up.groups, *gate_up.strides, gate_up.columns,
         bound, TOP_K=top_k, CLAMP=clamp, SAVE=keep,
-        **gate_up.blocks("forward", plan.rows), **_number(x),
+        **blocks, **_number(x),
     )  # fmt: skip
     return down.split(u).to(x.dtype), h
 
@@ -235,10 +242,11 @@ def _multiply(
     x: torch.Tensor, plan: Plan, weight: Weight, y: torch.Tensor, number: dict[str, Any]
 ) -> None:
     """Sorted rows as `split` gives them through a matrix, to y: [P, rows] sorted, or by pair."""
-    gemm.linear_gemm[_grid(plan, weight.rows, "forward", "BLOCK_N")](
+    blocks = weight.blocks("forward", plan.rows)
+    gemm.linear_gemm[_grid(plan, weight.rows, blocks, "BLOCK_N")](
         x, plan.order, plan.tiles, *weight.tensors, y,
         weight.experts, weight.rows, weight.codes, weight.groups, *weight.strides, weight.columns,
-        **weight.blocks("forward", plan.rows), **number,
+        **blocks, **number,
     )  # fmt: skip
 
 
@@ -247,11 +255,12 @@ def _multiply_back(
 ) -> torch.Tensor:
     """`dy W` of sorted rows, or of tokens of `top_k` pairs each: [P, columns] float32."""
     dx = dy.new_empty(len(plan.order), weight.columns, dtype=torch.float32)
-    gemm.input_grad_gemm[_grid(plan, weight.codes, "backward", "BLOCK_K")](
+    blocks = weight.blocks("backward", plan.rows, weight.rows)
+    gemm.input_grad_gemm[_grid(plan, weight.codes, blocks, "BLOCK_K")](
         dy, plan.order, plan.tiles, *weight.tensors, dx,
         weight.experts, weight.rows, weight.codes, weight.groups, *weight.strides,
         weight.rows, weight.columns,
-        TOP_K=top_k, **weight.blocks("backward", plan.rows, weight.rows), **number,
+        TOP_K=top_k, **blocks, **number,
     )  # fmt: skip
     return dx
 

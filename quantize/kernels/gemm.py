@@ -4,9 +4,10 @@
     forward    h = W1 x, W3 x;  u = silu(clamp(h1)) * clamp(h3) * weight;  y = W2 u
     backward   dx = dy W, before the activation and behind it
 
-Rows, tiles, grid and transposed products are those of `modeling_dsv4/kernels/expert_gemm.py`. CODES
-are a row's codes: columns of a grid, pairs of columns of a trellis. Those open as two tiles, of even
-and of odd columns, so what meets them is *split*, even columns first; it was rotated before that.
+Rows, tiles, grid and transposed products are those of `modeling_dsv4/kernels/expert_gemm.py`.
+CODES are a row's codes: columns of a grid, pairs of columns of a trellis. Those open as two tiles,
+of even and of odd columns, so what meets them is *split*, even columns first; it was rotated before
+that.
 
     grid       eight codes fill as many bytes as a code has bits: read once, spread over eight
                columns, (code - zero) * scale as in the reference, rounded to the products' dtype
@@ -58,14 +59,14 @@ def _spread(x, ROWS_FIRST: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TIMES
 def _eight_codes(at, inside, BITS: tl.constexpr, EVEN: tl.constexpr):
     """The bytes of eight codes as one number, from pointers to the first."""
     if BITS == 4:
-        word = load_inside(at.to(tl.pointer_type(tl.int32)), inside, EVEN).to(tl.uint32, bitcast=True)
+        word = load_inside(at.to(tl.pointer_type(tl.int32)), inside, EVEN)
     elif BITS == 2:
-        word = load_inside(at.to(tl.pointer_type(tl.int16)), inside, EVEN).to(tl.uint32)
+        word = load_inside(at.to(tl.pointer_type(tl.int16)), inside, EVEN)
     else:
         word = load_inside(at, inside, EVEN).to(tl.uint32)
         for byte in tl.static_range(1, BITS):
             word = word | (load_inside(at + byte, inside, EVEN).to(tl.uint32) << (8 * byte))
-    return word
+    return word.to(tl.uint32)
 
 
 @triton.jit

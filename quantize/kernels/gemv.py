@@ -6,9 +6,9 @@
 
 Grid: (pair, rows), pairs fastest, so that tokens that share an expert meet its rows in the L2
 cache. A program is one warp: BLOCK_N rows by BLOCK_U *units* of 32 codes, which fill as many words
-of four bytes as a code has bits. A lane walks the codes of whole units, so which word a code lies in
-is known when the kernel is compiled, a trellis' window is shifted on from code to code, and nothing
-changes hands before the last sum. Everything is float32 in registers.
+of four bytes as a code has bits. A lane walks the codes of whole units, so in which word a code
+lies is known when the kernel is compiled, a trellis' window is shifted on from code to code, and
+nothing changes hands before the last sum. Everything is float32 in registers.
 
     grid       code bits become the mantissa of 1 + code / 2^bits; a unit's sum of products is
                corrected once by its zero, times the sum of its inputs

@@ -237,9 +237,7 @@ def test_packed_weights_and_not_only_random_bytes(by_kernels: list[str]) -> None
     sizes = Sizes(64, 64, 2, 1)
     layout = RecordLayout.build(sizes.d, sizes.f, "int3", "trellis2.5")
     weights = {"gate_up_proj": torch.randn(2, 64, 64) * 0.2, "down_proj": torch.randn(64, 64) * 0.2}
-    record = layout.encode(
-        {p: get_format(layout.format(p)).pack(w) for p, w in weights.items()}
-    )
+    record = layout.encode({p: get_format(layout.format(p)).pack(w) for p, w in weights.items()})
     module = StoredExperts("m", 2, 64, 64, None, PackLayout.repeat(layout, 2))
     module.packed = record.repeat(2, 1)
     compare(module, inputs(2, sizes._replace(e=3), torch.float32, "cpu")._replace(

@@ -52,21 +52,28 @@ def _compile_all() -> list[dict[str, Any]]:
     from quantize.kernels import experts, gemm, gemv
 
     number = {"DTYPE": tl.bfloat16, "EVEN": True, "BLOCK_M": MOST_ROWS}
-    gate_up = {"TOP_K": 6, "CLAMP": True, "SAVE": True, **number, **experts.GEMM_TILES["forward"]}
-    back = {"TOP_K": 6, "SCATTER": False, **number, **experts.GEMM_TILES["backward"]}
-    few = {"TOP_K": 6, "CLAMP": True, "PIECES": 32, **experts.GEMV_TILES["gate_up"]}
+    few = {"TOP_K": 6, "CLAMP": True, "PIECES": 32}
+    gate_up = {"TOP_K": 6, "CLAMP": True, "SAVE": True, **number}
+    back = {"TOP_K": 6, "SCATTER": False, **number}
     cases = [
-        (gemv.gate_up_gemv, few, INT3, (80, 100)),
-        (gemv.gate_up_gemv, few, TRELLIS2, (90,)),
-        (gemm.gate_up_gemm, gate_up, INT3, TARGETS),
+        (gemv.gate_up_gemv, few, INT3, (80,)),
+        (gemv.gate_up_gemv, few, TRELLIS2, (100,)),
+        (gemm.gate_up_gemm, gate_up, INT3, (90,)),
+        # Two tiles of inputs and of weights: what takes most shared memory.
         (gemm.gate_up_gemm, gate_up, TRELLIS2, TARGETS),
-        (gemm.input_grad_gemm, back, INT3, (90,)),
-        (gemm.input_grad_gemm, back, TRELLIS2, (120,)),
+        (gemm.input_grad_gemm, back, INT3, (120,)),
+        (gemm.input_grad_gemm, back, TRELLIS2, (90,)),
     ]
     found = []
     for kernel, fixed, form, targets in cases:
+        kind = "trellis" if form["TRELLIS"] else "grid"
+        if kernel is gemv.gate_up_gemv:
+            tile = experts.GEMV_TILES[kind]
+        else:
+            way = "backward" if kernel is gemm.input_grad_gemm else "forward"
+            tile = experts.GEMM_TILES[f"{kind} {way}"]
         for target in targets:
-            made = compile_for(kernel, {**form, **fixed}, target)
+            made = compile_for(kernel, {**form, **fixed, **tile}, target)
             found.append({
                 "kernel": kernel.__name__,
                 "form": form,

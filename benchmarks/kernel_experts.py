@@ -4,12 +4,15 @@
     python benchmarks/kernel_experts.py            # under a minute
     python benchmarks/kernel_experts.py --quick    # decoding and one prefill
     python benchmarks/kernel_experts.py --tune     # with the fastest tiles here: some minutes
+    python benchmarks/kernel_experts.py --stored   # experts of packs, int2 to trellis4, instead
+    python benchmarks/kernel_experts.py --stored --quick --tune
 
 One layer (D 4096, F 2048, 256 experts, 6 a token) in FP4 and in bfloat16, 17 GiB in all. The floor
 of decoding is the bytes of the experts that were hit at the speed of a copy; that of a prefill is
 its multiplications at the speed of a large matrix product. "torch" is the same module without
-kernels: FP4 and FP8 dequantized tile by tile and multiplied, bfloat16 by `grouped_mm` or, for few
-tokens, a loop. Both are measured in the same run.
+kernels: packed formats dequantized tile by tile and multiplied, bfloat16 by `grouped_mm` or, for
+few tokens, a loop. Both are measured in the same run. A pack's formats count whole records, scales,
+zeros and padding included; --quick takes two of the eight.
 """
 
 from collections.abc import Callable
@@ -23,6 +26,10 @@ from gpu_limits import Limits, Row, time_us
 
 from modeling_dsv4.moe import Dsv4Experts, ExpertsBase
 from modeling_dsv4.storage import Fp8Linear, PackedExperts
+from quantize.experts import StoredExperts
+from quantize.grids import GRIDS
+from quantize.pack import PackLayout, RecordLayout
+from quantize.trellis import TRELLISES
 
 D, F, E, K = 4096, 2048, 256, 6
 LIMIT = 10.0
@@ -50,6 +57,16 @@ def plain_experts() -> Dsv4Experts:
         weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
         weight.normal_(std=parameter.shape[-1] ** -0.5)
         setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
+    return module
+
+
+def stored_experts(name: str) -> StoredExperts:
+    """The same shapes as resident records of a pack, of random bytes; scales near 0.02."""
+    layout = RecordLayout.build(D, F, name, name)
+    module = StoredExperts(name, E, D, F, LIMIT, PackLayout.repeat(layout, E))
+    module.packed = torch.randint(0, 256, (E, layout.nbytes), dtype=torch.uint8, device="cuda")
+    for parts in layout.decode(module.packed).values():
+        parts["_scale"].uniform_(0.01, 0.03)
     return module
 
 
@@ -86,7 +103,8 @@ def measure(
         return torch.autograd.grad(y, (x, routing), grad) if backward else y
 
     hit = len(index.unique())
-    moved = hit / E * sum(p.nbytes for p in module.parameters()) * (1 + backward)
+    held = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    moved = hit / E * held * (1 + backward)
     flops = 2.0 * n * K * 3 * D * F * (1 + backward)
     kernel, reference = both(module, run, 3 if n > 16 else 10)
     shape = f"{n} x {K} of {experts}"
@@ -142,6 +160,59 @@ def choices() -> list[tuple[dict[str, dict[str, int]], str, list[dict[str, int]]
     ]
 
 
+def stored_choices(name: str) -> list[tuple[dict[str, dict[str, int]], str, list[dict[str, int]]]]:
+    """The same for one format of a pack; its products back are not tried."""
+    from quantize.kernels import experts
+
+    kind = "grid" if name in GRIDS else "trellis"
+    gemv = [
+        {"BLOCK_N": n, "BLOCK_U": units, "num_warps": warps}
+        for n, units, warps in ((4, 32, 1), (8, 32, 1), (16, 32, 2), (8, 64, 2), (4, 64, 2))
+    ]
+    gemm = [
+        {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for n, k, warps, stages in ((64, 64, 4, 2), (64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 8, 2))
+    ]
+    return [(experts.GEMV_TILES, kind, gemv), (experts.GEMM_TILES, f"{kind} forward", gemm)]
+
+
+def tune_stored(module: StoredExperts) -> None:
+    """Try its tiles, print all times and keep the fastest."""
+    from triton.runtime.errors import OutOfResources
+
+    module.kernels = "triton"
+    few, many = tokens(1, E), tokens(PREFILL, E)
+    for table, name, tiles in stored_choices(module.name):
+        given, found = few if name in ("grid", "trellis") else many, []
+        for tile in tiles:
+            table[name] = tile
+            try:
+                us = time_us(lambda g=given: module(*g), runs=7, warm=1)
+            except OutOfResources:
+                continue
+            found.append((us, tile))
+            print(f"{module.name}, {name}: {us:.1f} us with {tile}", flush=True)
+        table[name] = min(found, key=lambda f: f[0])[1]
+    module.kernels = "auto"
+
+
+def measure_stored(limits: Limits, quick: bool, tuned: bool) -> list[Row]:
+    """Decoding, a prefill and one way back of every format of a pack."""
+    rows = []
+    for name in ("int4", "trellis3") if quick else (*GRIDS, *TRELLISES):
+        module = stored_experts(name)
+        with torch.no_grad():
+            if tuned:
+                tune_stored(module)
+            rows += [measure(f"decode {name}", module, n, limits) for n in (1, 8)]
+            rows.append(measure(f"prefill {name}", module, PREFILL, limits))
+        if not quick:
+            rows.append(
+                measure(f"forward + backward {name}", module, PREFILL, limits, backward=True)
+            )
+    return rows
+
+
 def tune(module: PackedExperts) -> None:
     """Try tiles, one table's entry after the other; print all times and keep the fastest."""
     from triton.runtime.errors import OutOfResources
@@ -183,12 +254,21 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Write all numbers as JSON.")] = None,
     quick: Annotated[bool, typer.Option(help="Decoding and one prefill only.")] = False,
     tiles: Annotated[bool, typer.Option("--tune", help="Try other tiles first.")] = False,
+    stored: Annotated[bool, typer.Option(help="Formats of packs instead.")] = False,
 ) -> None:
     """Measure the experts' kernels on this GPU."""
     gpu_limits.require_gpu()
     torch.manual_seed(0)
-    limits, packed, rows = Limits.measure(), packed_experts(), []
-    if tiles:
+    limits = Limits.measure()
+    rows = measure_stored(limits, quick, tiles) if stored else measure_own(limits, quick, tiles)
+    gpu_limits.table(rows, f"experts, {limits.device}")
+    gpu_limits.write(output, limits, rows)
+
+
+def measure_own(limits: Limits, quick: bool, tuned: bool) -> list[Row]:
+    """The model's own formats: FP4, bfloat16, and FP8 of dense maps."""
+    packed, rows = packed_experts(), []
+    if tuned:
         tune(packed)
     with torch.no_grad():
         rows += [measure("decode fp4", packed, n, limits) for n in (1, 8)]
@@ -207,8 +287,7 @@ def main(
                     fp4.us, rows[-1].torch_us)
             )  # fmt: skip
             rows += [measure_linear(block, n, limits) for block in (128, 32) for n in (1, 8)]
-    gpu_limits.table(rows, f"experts, {limits.device}")
-    gpu_limits.write(output, limits, rows)
+    return rows
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ experts by token id instead of by score.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,15 +96,14 @@ class ExpertsBase(nn.Module):
         self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor | None:
         """The same by Triton kernels, or None where they do not compute this."""
-        stacked = self._for_kernels(x)
-        if stacked is None:
+        found = self._for_kernels(x)
+        if found is None:
             return None
-        from .kernels import experts
-
+        launcher, gate_up, down = found
         # Experts that another process holds: kernels read the first one, which then counts nothing.
         here = index < self.num_experts
         index, weights = torch.where(here, index, 0), weights * here
-        return experts.run(x, index, weights, *stacked, self.swiglu_limit)
+        return launcher.run(x, index, weights, gate_up, down, self.swiglu_limit)
 
     def grouped(self, x: torch.Tensor, index: torch.Tensor) -> tuple[Linear, Linear] | None:
         """Both projections of sorted rows by kernels, or None where they do not compute this.
@@ -113,21 +112,30 @@ class ExpertsBase(nn.Module):
             x: [M, D], the rows of `ops.group_by_expert`; the products take rows in that order.
             index: [n, K], what was sorted.
         """
-        stacked = self._for_kernels(x)
-        if stacked is None:
+        found = self._for_kernels(x)
+        if found is None:
             return None
-        from .kernels import experts
+        launcher, gate_up, down = found
+        return launcher.grouped(index, gate_up, down)
 
-        return experts.grouped(index, *stacked)
-
-    def _for_kernels(self, x: torch.Tensor) -> tuple[StackedWeight, StackedWeight] | None:
-        """Both weights, if kernels compute with them and with x."""
+    def _for_kernels(self, x: torch.Tensor) -> tuple[Any, StackedWeight, StackedWeight] | None:
+        """What launches kernels and both weights, if any compute with them and with x."""
         if self.round_input is not None or not use_triton(self.kernels, x):
             return None
+        stacked = self.stacked()
+        if stacked is None:
+            return None
+        launcher = self.launcher(x, *stacked)
+        return None if launcher is None else (launcher, *stacked)
+
+    def launcher(self, x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight) -> Any | None:
+        """Module whose `run`, `run_part` and `grouped` compute with these by kernels, or None.
+
+        A store of other formats names one of its own; all have the functions of kernels/experts.py.
+        """
         from .kernels import experts
 
-        stacked = self.stacked()
-        return stacked if stacked is not None and experts.covers(x, *stacked) else None
+        return experts if experts.covers(x, gate_up, down) else None
 
     def _one_by_one(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -330,12 +330,13 @@ def _by_kernel(
     from .experts import stacked_weights
 
     stacked = stacked_weights(layout, tier.slots[:, : layout.nbytes])
-    if not experts.covers(x, *stacked):
+    launcher = module.launcher(x, *stacked)
+    if launcher is None:
         return False
     part = experts.Part(
         _joined(pairs, y.device), [len(p) for p in pairs], wave.slots, module.num_experts, k
     )
-    experts.run_part(x, weights, part, *stacked, module.swiglu_limit, y)
+    launcher.run_part(x, weights, part, *stacked, module.swiglu_limit, y)
     return True
 
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -120,6 +121,11 @@ class StoredExperts(ExpertsBase):
         if self.packed is None or layout is None:
             return None
         return stacked_weights(layout, self.packed)
+
+    def launcher(self, x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight) -> Any | None:
+        from .kernels import experts
+
+        return experts if experts.covers(x, gate_up, down) else super().launcher(x, gate_up, down)
 
     def open_expert(self, expert: int) -> tuple[Linear, Linear]:
         # The last look at a record is the second product's going forward, the first's going back.

@@ -22,7 +22,7 @@ from .unpack import FP4, GROUP, PLAIN, fp4_tiles, fp8_tile, scale_row
 
 
 @triton.jit
-def _place(tiles, blocks):
+def place(tiles, blocks):
     """Expert, first row, end and column tile of this program."""
     tile = tiles + tl.program_id(0) // blocks * 3
     return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.program_id(0) % blocks
@@ -39,7 +39,7 @@ def _weight_row(j, ROWS, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _load(at, inside, EVEN: tl.constexpr):
+def load_inside(at, inside, EVEN: tl.constexpr):
     """Numbers at pointers; zero where not inside, unless no block is partial anyway."""
     if EVEN:
         value = tl.load(at)
@@ -62,9 +62,9 @@ def _open(
     column = start + tl.arange(0, BLOCK_K)
     line = rows.to(tl.int64) * WIDTH
     if ROWS_FIRST:
-        code = _load(w + line[:, None] + column[None, :], (column < WIDTH)[None, :], EVEN)
+        code = load_inside(w + line[:, None] + column[None, :], (column < WIDTH)[None, :], EVEN)
     else:
-        code = _load(w + line[None, :] + column[:, None], (column < WIDTH)[:, None], EVEN)
+        code = load_inside(w + line[None, :] + column[:, None], (column < WIDTH)[:, None], EVEN)
     if FORMAT == PLAIN:
         even = code.to(DTYPE)
         odd = even
@@ -73,11 +73,11 @@ def _open(
         s_line = scale_row(rows, half_rows, SCALE_ROWS) * scale_columns
         group = first // SCALE_COLUMNS
         if ROWS_FIRST:
-            byte = _load(s + s_line[:, None] + group[None, :], (first < WIDTH)[None, :], EVEN)
+            byte = load_inside(s + s_line[:, None] + group[None, :], (first < WIDTH)[None, :], EVEN)
             wide = tl.broadcast_to(byte[:, :, None], (BLOCK_N, BLOCK_K // GROUP, GROUP))
             scale = tl.reshape(wide, (BLOCK_N, BLOCK_K))
         else:
-            byte = _load(s + s_line[None, :] + group[:, None], (first < WIDTH)[:, None], EVEN)
+            byte = load_inside(s + s_line[None, :] + group[:, None], (first < WIDTH)[:, None], EVEN)
             wide = tl.broadcast_to(byte[:, None, :], (BLOCK_K // GROUP, GROUP, BLOCK_N))
             scale = tl.reshape(wide, (BLOCK_K, BLOCK_N))
         if FORMAT == FP4:
@@ -89,10 +89,10 @@ def _open(
 
 
 @triton.jit
-def _columns(x, start, WIDTH, BLOCK: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr):
+def columns_of(x, start, WIDTH, BLOCK: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr):
     """Columns of rows [1, M] of pointers, transposed: [BLOCK, M]."""
     column = (start + tl.arange(0, BLOCK))[:, None]
-    return _load(x + column, column < WIDTH, EVEN).to(DTYPE)
+    return load_inside(x + column, column < WIDTH, EVEN).to(DTYPE)
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def gate_up_gemm(
     DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Rows through gate, up and the activation: u [P, F] sorted, and h [P, 2F] to go back with."""
-    expert, first, end, block = _place(tiles, tl.cdiv(F, BLOCK_N))
+    expert, first, end, block = place(tiles, tl.cdiv(F, BLOCK_N))
     if expert >= EXPERTS:
         return
     row = first + tl.arange(0, BLOCK_M)
@@ -138,10 +138,10 @@ def gate_up_gemm(
     gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, WIDTH, BLOCK_K):
-        x_even = _columns(x_at, start, WIDTH, BLOCK_K, EVEN, DTYPE)
+        x_even = columns_of(x_at, start, WIDTH, BLOCK_K, EVEN, DTYPE)
         x_odd = x_even
         if FORMAT == FP4:
-            x_odd = _columns(x_at + WIDTH, start, WIDTH, BLOCK_K, EVEN, DTYPE)
+            x_odd = columns_of(x_at + WIDTH, start, WIDTH, BLOCK_K, EVEN, DTYPE)
         gate = _add_product(
             gate, w, s, rows, F, start, WIDTH, scale_columns, x_even, x_odd,
             FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, EVEN, DTYPE, ASM,
@@ -173,7 +173,7 @@ def linear_gemm(
     DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Sorted rows through their expert's matrix: y [P, OUT], with SCATTER in the order of pairs."""
-    expert, first, end, block = _place(tiles, tl.cdiv(OUT, BLOCK_N))
+    expert, first, end, block = place(tiles, tl.cdiv(OUT, BLOCK_N))
     if expert >= EXPERTS:
         return
     row = first + tl.arange(0, BLOCK_M)
@@ -185,10 +185,10 @@ def linear_gemm(
     x_at = x + (tl.minimum(row, end - 1).to(tl.int64) * x_row)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, WIDTH, BLOCK_K):
-        x_even = _columns(x_at, start, WIDTH, BLOCK_K, EVEN, DTYPE)
+        x_even = columns_of(x_at, start, WIDTH, BLOCK_K, EVEN, DTYPE)
         x_odd = x_even
         if FORMAT == FP4:
-            x_odd = _columns(x_at + WIDTH, start, WIDTH, BLOCK_K, EVEN, DTYPE)
+            x_odd = columns_of(x_at + WIDTH, start, WIDTH, BLOCK_K, EVEN, DTYPE)
         acc = _add_product(
             acc, w, s, rows, half_rows, start, WIDTH, scale_columns,
             x_even, x_odd,
@@ -215,7 +215,7 @@ def input_grad_gemm(
     With TOP_K, dy has a row per token instead of one per sorted row; with SCATTER, dx is in the
     order of pairs.
     """
-    expert, first, end, block = _place(tiles, tl.cdiv(WIDTH, BLOCK_K))
+    expert, first, end, block = place(tiles, tl.cdiv(WIDTH, BLOCK_K))
     if expert >= EXPERTS:
         return
     row = first + tl.arange(0, BLOCK_M)
@@ -238,7 +238,7 @@ def input_grad_gemm(
                 # Past the last row dy is zero, so that any row of W will do.
                 j = tl.minimum(j, R // STEP - 1)
             rows = run // STEP * R + run % STEP + j * STEP
-            dy_tile = _columns(dy_at + run * (R // STEP), start, R // STEP, BLOCK_N, EVEN, DTYPE)
+            dy_tile = columns_of(dy_at + run * (R // STEP), start, R // STEP, BLOCK_N, EVEN, DTYPE)
             w_even, w_odd = _open(
                 w, s, rows, half_rows, block * BLOCK_K, WIDTH, scale_columns,
                 FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, False, EVEN, DTYPE, ASM,

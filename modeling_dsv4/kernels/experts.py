@@ -101,7 +101,7 @@ class Part(NamedTuple):
 
     def plan(self, pairs: int) -> Plan:
         """Tiles as the whole pass of so many pairs has them."""
-        block, first, tiles = _tile_rows(pairs, self.experts), 0, []
+        block, first, tiles = tile_rows(pairs, self.experts), 0, []
         for place, count in zip(self.places, self.counts, strict=True):
             starts = range(first, first + count, block)
             tiles += [(place, start, first + count) for start in starts]
@@ -112,7 +112,7 @@ class Part(NamedTuple):
 
 def covers(x: torch.Tensor, *weights: StackedWeight) -> bool:
     """Whether the kernels compute this: dtypes, formats, layout, and no gradient for weights."""
-    x = _in_autocast(x)
+    x = in_autocast(x)
     return x.dtype in (torch.bfloat16, torch.float32) and all(_covered(x, w) for w in weights)
 
 
@@ -148,19 +148,19 @@ def _open(weight: StackedWeight) -> Weight:
     )
 
 
-def _number_type(x: torch.Tensor) -> dict[str, Any]:
+def number_type(x: torch.Tensor) -> dict[str, Any]:
     """What products are computed in: bfloat16 stays, but for the interpreter, which has none."""
     half = x.dtype is torch.bfloat16 and x.is_cuda
     return {"DTYPE": tl.bfloat16 if half else tl.float32, "ASM": half}
 
 
-def _in_autocast(x: torch.Tensor) -> torch.Tensor:
+def in_autocast(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype that products work in: autocast's, where it is on."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def _limit(limit: float | None) -> tuple[float, bool]:
+def clamp_limit(limit: float | None) -> tuple[float, bool]:
     return (0.0, False) if limit is None else (limit, True)
 
 
@@ -179,7 +179,7 @@ def _decode(
     (n, k), f, d = index.shape, gate_up.rows // 2, down.rows
     u = x.new_empty(n * k, f)
     y = x.new_empty(n * k, d, dtype=torch.float32)
-    bound, clamp = _limit(limit)
+    bound, clamp = clamp_limit(limit)
     tile = GEMV_TILES["gate_up"]
     expert_gemv.gate_up_gemv[(n * k, triton.cdiv(f, tile["BLOCK_N"] // 2))](
         _in_pieces(x, gate_up), index, routing, gate_up.codes, gate_up.scale, u,
@@ -206,7 +206,7 @@ def linear(x: torch.Tensor, parts: dict[str, torch.Tensor], fmt: WeightFormat) -
         [n, out], or [n, G, out / G], in x's dtype; no gradient.
     """
     weight = _open(StackedWeight({k: p[None] for k, p in parts.items()}, fmt))
-    x = _in_autocast(x)
+    x = in_autocast(x)
     if x.dim() == 2 and len(x) > 2:
         return _linear_gemm(x, weight)
     x = _in_pieces(x, weight)
@@ -232,7 +232,7 @@ def _linear_gemm(x: torch.Tensor, weight: Weight) -> torch.Tensor:
         1, weight.rows, weight.width, weight.scale_columns, *weight.strides, weight.rows,
         weight.columns,
         SCATTER=False, BLOCK_M=DECODE_ROWS, EVEN=weight.width % tile["BLOCK_K"] == 0,
-        **weight.fixed, **tile, **_number_type(x),
+        **weight.fixed, **tile, **number_type(x),
     )  # fmt: skip
     return y
 
@@ -250,10 +250,10 @@ def covers_linear(
 # --- many tokens --------------------------------------------------------------------------------
 
 
-def _plan(index: torch.Tensor, experts: int) -> Plan:
+def make_plan(index: torch.Tensor, experts: int) -> Plan:
     """Sort the pairs of [n, K] ids and cut them into tiles, without asking how many there are."""
     flat = index.flatten()
-    block = _tile_rows(flat.numel(), experts)
+    block = tile_rows(flat.numel(), experts)
     ids, order = flat.sort(stable=True)
     ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device), right=True)
     starts = torch.nn.functional.pad(ends[:-1], (1, 0))
@@ -268,7 +268,7 @@ def _plan(index: torch.Tensor, experts: int) -> Plan:
     return Plan(order, tiles, block)
 
 
-def _tile_rows(pairs: int, experts: int) -> int:
+def tile_rows(pairs: int, experts: int) -> int:
     block = 16
     while block < MOST_ROWS and block * experts < pairs:
         block *= 2
@@ -299,7 +299,7 @@ class _Experts(torch.autograd.Function):
     ) -> torch.Tensor:
         (n, k), f, d = index.shape, gate_up.rows // 2, down.rows
         experts, keep = len(gate_up.codes), any(ctx.needs_input_grad)
-        plan, number, (bound, clamp) = _plan(index, experts), _number_type(x), _limit(limit)
+        plan, number, (bound, clamp) = make_plan(index, experts), number_type(x), clamp_limit(limit)
         u = x.new_empty(n * k, f)
         h = x.new_empty(n * k if keep else 0, 2 * f)
         expert_gemm.gate_up_gemm[plan.grid(f, "forward", "BLOCK_N")](
@@ -321,9 +321,9 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (h, routing), plan = ctx.saved_tensors, ctx.plan
-        gate_up, down, (bound, clamp) = ctx.gate_up, ctx.down, _limit(ctx.limit)
+        gate_up, down, (bound, clamp) = ctx.gate_up, ctx.down, clamp_limit(ctx.limit)
         (n, k), f, d, experts = routing.shape, gate_up.rows // 2, down.rows, len(down.codes)
-        number, run = _number_type(h), f // 2 if down.split else f
+        number, run = number_type(h), f // 2 if down.split else f
         du = h.new_empty(n * k, f)
         expert_gemm.input_grad_gemm[plan.grid(down.width, "backward", "BLOCK_K")](
             grad.to(ctx.dtype).contiguous(), plan.order, plan.tiles, down.codes, down.scale, du,
@@ -359,7 +359,7 @@ class _Grouped(torch.autograd.Function):
             _split(x, weight), plan.order, plan.tiles, weight.codes, weight.scale, y,
             len(weight.codes), weight.rows, weight.width, weight.scale_columns, *weight.strides,
             half, weight.columns,
-            SCATTER=False, **weight.fixed, **plan.blocks("forward", weight), **_number_type(x),
+            SCATTER=False, **weight.fixed, **plan.blocks("forward", weight), **number_type(x),
         )  # fmt: skip
         ctx.plan, ctx.weight, ctx.half = plan, weight, half
         return y
@@ -373,7 +373,7 @@ class _Grouped(torch.autograd.Function):
             len(weight.codes), weight.rows, weight.width, weight.scale_columns, *weight.strides,
             ctx.half, weight.rows, weight.columns,
             TOP_K=0, HALVES=1, SPLIT_ROWS=False, SCATTER=False,
-            **weight.fixed, **plan.blocks("backward", weight, weight.rows), **_number_type(grad),
+            **weight.fixed, **plan.blocks("backward", weight, weight.rows), **number_type(grad),
         )  # fmt: skip
         return _unsplit(dx, weight), None, None, None
 
@@ -388,11 +388,11 @@ def grouped(
         gate_up: [E, 2F, D], w1 then w3.
         down: [E, D, F].
     """
-    plan = _plan(index, len(gate_up.parts[""]))
+    plan = make_plan(index, len(gate_up.parts[""]))
     first, second = _open(gate_up), _open(down)
     return (
-        lambda x: _Grouped.apply(_in_autocast(x), plan, first, first.rows // 2),
-        lambda x: _Grouped.apply(_in_autocast(x), plan, second, second.rows),
+        lambda x: _Grouped.apply(in_autocast(x), plan, first, first.rows // 2),
+        lambda x: _Grouped.apply(in_autocast(x), plan, second, second.rows),
     )
 
 
@@ -416,7 +416,7 @@ def run(
     Returns:
         [n, D] float32.
     """
-    x, index, routing = _in_autocast(x), index.contiguous(), routing.float().contiguous()
+    x, index, routing = in_autocast(x), index.contiguous(), routing.float().contiguous()
     learns = torch.is_grad_enabled() and (x.requires_grad or routing.requires_grad)
     first, second = _open(gate_up), _open(down)
     if len(x) <= DECODE_ROWS and not learns:
@@ -445,7 +445,7 @@ def run_part(
         down: [E, D, F].
         y: [n * K, D] float32, written at the pairs.
     """
-    x, first, second = _in_autocast(x), _open(gate_up), _open(down)
+    x, first, second = in_autocast(x), _open(gate_up), _open(down)
     pairs, f = y.shape[0], first.rows // 2
     if len(x) <= DECODE_ROWS:
         places = [p for p, n in zip(part.places, part.counts, strict=True) for _ in range(n)]
@@ -453,7 +453,7 @@ def run_part(
         rows, weights = x[part.order // part.top_k], routing[part.order][:, None]
         y[part.order] = _decode(rows, weights, index, first, second, limit)
         return
-    plan, number, (bound, clamp) = part.plan(pairs), _number_type(x), _limit(limit)
+    plan, number, (bound, clamp) = part.plan(pairs), number_type(x), clamp_limit(limit)
     u, none = x.new_empty(len(part.order), f), x.new_empty(0, 2 * f)
     expert_gemm.gate_up_gemm[plan.grid(f, "forward", "BLOCK_N")](
         _split(x, first), routing, plan.order, plan.tiles, first.codes, first.scale,

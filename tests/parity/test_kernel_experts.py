@@ -224,7 +224,7 @@ def test_no_token_gives_no_row(learn: bool, device: str, by_kernels: list[str]) 
 
 def test_the_tiles_of_a_plan_cover_each_expert_s_rows_once() -> None:
     index = torch.tensor([[1, 4], [1, 0], [4, 1]] * 11)
-    plan = experts._plan(index, 6)
+    plan = experts.make_plan(index, 6)
     assert torch.equal(index.flatten()[plan.order], index.flatten().sort().values)
     rows = {0: (0, 11), 1: (11, 44), 4: (44, 66)}
     found = [tuple(tile) for tile in plan.tiles.tolist() if tile[0] < 6]

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of whole numbers and trellises against their reference, outputs and gradients.
+
+On a CPU Triton's interpreter runs them, at sizes whose blocks are partial everywhere; on a GPU
+(`-m gpu`) they run at the model's, in float32 and bfloat16.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from finetune.layers import LoraExperts
+from modeling_dsv4 import ops
+from modeling_dsv4.formats import get_format
+from modeling_dsv4.kernels.experts import Part
+from quantize.experts import StoredExperts, stacked_weights
+from quantize.pack import PackLayout, RecordLayout
+
+experts = pytest.importorskip("quantize.kernels.experts")
+plain = pytest.importorskip("modeling_dsv4.kernels.experts")
+
+GPU = pytest.mark.gpu
+CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="uses the GPU")
+DEVICES = [pytest.param("cpu", marks=CPU), pytest.param("cuda", marks=GPU)]
+# Relative to the largest number of each tensor. In bfloat16 the activation, rotated inputs, what is
+# kept for the way back and each gradient are rounded by 2^-9; float32 only sums in another order.
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+# Every format once on a CPU, in both projections together; on a GPU each by itself as well.
+MIXED = [
+    ("int4", "int2"),
+    ("int3", "trellis2"),
+    ("trellis2.5", "trellis3"),
+    ("trellis3.5", "int3"),
+    ("trellis4", "trellis4"),
+]
+ALIKE = [(f"{kind}{bits}",) * 2 for kind, widths in (
+    ("int", (2, 3, 4)), ("trellis", (2, 2.5, 3, 3.5, 4))) for bits in widths]  # fmt: skip
+CASES = [pytest.param(f, torch.float32, "cpu", marks=CPU) for f in MIXED]
+CASES += [
+    pytest.param(f, dtype, "cuda", marks=GPU)
+    for f in dict.fromkeys(MIXED + ALIKE)
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+class Sizes(NamedTuple):
+    """Width, expert width, experts, experts per token."""
+
+    d: int
+    f: int
+    e: int
+    k: int
+
+
+# Three units of a trellis, whose tiles hold two, and groups of 64; two groups of 64 for the others.
+SIZES = {"cpu": Sizes(192, 64, 5, 2), "cuda": Sizes(4096, 2048, 16, 6)}
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs of several blocks each: what the interpreter walks in a second."""
+    if torch.cuda.is_available():
+        return
+    for name in experts.GEMV_TILES:
+        monkeypatch.setitem(experts.GEMV_TILES, name, {"BLOCK_N": 128, "BLOCK_U": 2})
+    for way in experts.GEMM_TILES:
+        monkeypatch.setitem(experts.GEMM_TILES, way, {"BLOCK_N": 128, "BLOCK_K": 128})
+
+
+@pytest.fixture(autouse=True)
+def _poison(poison: None) -> None:
+    """Fresh memory is NaN, so that an element nobody writes shows."""
+
+
+def make(formats: tuple[str, str], sizes: Sizes, device: str, limit: float | None) -> StoredExperts:
+    """Resident records of random bytes, every code of a format; scales near 0.02."""
+    layout = RecordLayout.build(sizes.d, sizes.f, *formats)
+    records = torch.zeros(sizes.e, layout.nbytes, dtype=torch.uint8)
+    for parts in layout.decode(records).values():
+        for tensor in parts.values():
+            if tensor.dtype is torch.uint8:
+                tensor.copy_(torch.randint(0, 256, tensor.shape, dtype=torch.uint8))
+            else:
+                tensor.copy_(torch.rand(tensor.shape) * 0.02 + 0.01)
+    alike = PackLayout.repeat(layout, sizes.e)
+    module = StoredExperts("m", sizes.e, sizes.d, sizes.f, limit, alike)
+    module.packed = records
+    return module.to(device)
+
+
+class Inputs(NamedTuple):
+    """Hidden states [n, D], expert ids [n, K], routing weights [n, K]."""
+
+    x: torch.Tensor
+    index: torch.Tensor
+    routing: torch.Tensor
+
+
+def inputs(n: int, sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
+    """Part of a larger tensor, contiguous in no direction; one expert gets no token."""
+    x = torch.randn(n, sizes.d + 3, 2) * (0.3 if device == "cpu" else 0.1)
+    x = x.to(device, dtype)[:, 1:-2, 0]
+    index = torch.rand(n, sizes.e - 1).argsort(-1)[:, : sizes.k] + 1
+    return Inputs(x, index.to(device), torch.rand(n, sizes.k, device=device))
+
+
+def near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    worst = (found.float() - expected).abs().max() / expected.abs().max()
+    assert worst <= NEAR[dtype], f"{worst:.1e}"
+
+
+def compare(module: StoredExperts, given: Inputs, learn: bool) -> None:
+    """The module by its kernels against itself by torch, in float32 of the same numbers."""
+    x, routing = (t.detach().requires_grad_(learn) for t in (given.x, given.routing))
+    wide, routing_ref = (t.detach().float().requires_grad_(learn) for t in (x, routing))
+    module.kernels = "triton"
+    found = [module(x, given.index, routing)]
+    module.kernels = "torch"
+    expected = [module(wide, given.index, routing_ref)]
+    assert found[0].dtype is torch.float32
+    if learn:
+        grad = torch.randn_like(expected[0])
+        found += torch.autograd.grad(found[0], (x, routing), grad)
+        expected += torch.autograd.grad(expected[0], (wide, routing_ref), grad)
+        assert found[1].dtype is x.dtype
+    for a, b in zip(found, expected, strict=True):
+        near(a, b, x.dtype)
+
+
+@pytest.fixture
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what the kernels' launchers were asked for, call by call."""
+    calls: list[str] = []
+    for owner, label in ((experts, "packed"), (plain, "plain")):
+        for name in ("run", "run_part"):
+            given = getattr(owner, name)
+            monkeypatch.setattr(
+                owner,
+                name,
+                lambda *a, what=f"{label} {name}", given=given: (calls.append(what), given(*a))[1],
+            )
+    return calls
+
+
+@pytest.mark.parametrize(("formats", "dtype", "device"), CASES)
+def test_few_tokens_equal_the_reference(
+    formats: tuple[str, str], dtype: torch.dtype, device: str, by_kernels: list[str]
+) -> None:
+    module = make(formats, SIZES[device], device, 0.5)
+    compare(module, inputs(3, SIZES[device], dtype, device), learn=False)
+    assert by_kernels == ["packed run"]
+
+
+@pytest.mark.parametrize(("formats", "dtype", "device"), CASES)
+def test_many_tokens_and_their_gradients_equal_the_reference(
+    formats: tuple[str, str], dtype: torch.dtype, device: str, by_kernels: list[str]
+) -> None:
+    # Limits that no sum comes near in another order: on a CPU few numbers are met, on a GPU many.
+    module = make(formats, SIZES[device], device, 0.5 if device == "cpu" else 10.0)
+    compare(module, inputs(17 if device == "cpu" else 700, SIZES[device], dtype, device), True)
+    assert by_kernels == ["packed run"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("formats", [("int3", "int3"), ("trellis2", "trellis2.5")])
+def test_grouped_products_and_their_gradients_equal_the_reference(
+    formats: tuple[str, str], device: str
+) -> None:
+    sizes = SIZES[device]
+    module = make(formats, sizes, device, 1.0)
+    given = inputs(17, sizes, torch.float32, device)
+    rows = ops.group_by_expert(given.index, sizes.e)
+    module.kernels = "triton"
+    pair = module.grouped(given.x[rows.token], given.index)
+    assert pair is not None
+    for product, width in zip((0, 1), (sizes.d, sizes.f), strict=True):
+        x = torch.randn(len(rows.token), width, device=device, requires_grad=True)
+        found, parts = pair[product](x), x.split(rows.counts)
+        expected = torch.cat([module.open_expert(e)[product](part) for e, part in enumerate(parts)])
+        grad = torch.randn_like(expected)
+        near(found, expected, x.dtype)
+        near(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)), x.dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_adapters_beside_packed_experts_equal_those_beside_the_reference(device: str) -> None:
+    sizes = SIZES[device]
+    base = make(("int2", "trellis3"), sizes, device, 1.0)
+    layer = LoraExperts(base, "a", LoraConfig(init_lora_weights=False), 2, 4).to(device)
+    given, results = inputs(5, sizes, torch.float32, device), []
+    for mode in ("triton", "torch"):
+        base.kernels = mode
+        layer.zero_grad()
+        out = layer(*given)
+        out.square().mean().backward()
+        grads = [p.grad.clone() for p in layer.parameters() if p.requires_grad]
+        results.append([out.detach(), *grads])
+    assert len(results[0]) == 5
+    for a, b in zip(*results, strict=True):
+        near(a, b, torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n", [2, 17])
+@pytest.mark.parametrize("formats", [("int4", "int3"), ("trellis3", "trellis2")])
+def test_a_part_of_the_pairs_is_computed_from_slots_anywhere(
+    formats: tuple[str, str], n: int, device: str
+) -> None:
+    sizes = SIZES[device]
+    module = make(formats, sizes, device, None)
+    layout = module.layout.uniform
+    # Experts 4 and 1 in slots 6 and 0 of others, which are longer than a record.
+    slots = torch.randint(0, 256, (7, layout.nbytes + 4096), dtype=torch.uint8, device=device)
+    for slot, e in ((6, 4), (0, 1)):
+        slots[slot, : layout.nbytes] = module.packed[e]
+    given = inputs(n, sizes, torch.float32, device)
+    flat = given.index.flatten()
+    pairs = [(flat == e).nonzero().flatten() for e in (4, 1)]
+    part = Part(torch.cat(pairs), [len(p) for p in pairs], [6, 0], sizes.e, sizes.k)
+    y = torch.full((n * sizes.k, sizes.d), -7.0, device=device)
+    weights = stacked_weights(layout, slots[:, : layout.nbytes])
+    experts.run_part(given.x, given.routing.flatten(), part, *weights, None, y)
+    module.kernels = "torch"
+    for e, chosen in zip((4, 1), pairs, strict=True):
+        rows = given.x[chosen // sizes.k], given.routing.flatten()[chosen]
+        if len(chosen):
+            near(y[chosen], module.run_expert(e, *rows), torch.float32)
+    others = torch.ones(n * sizes.k, dtype=torch.bool, device=device)
+    others[part.order] = False
+    assert others.any() and (y[others] == -7.0).all()
+
+
+@CPU
+def test_packed_weights_and_not_only_random_bytes(by_kernels: list[str]) -> None:
+    sizes = Sizes(64, 64, 2, 1)
+    layout = RecordLayout.build(sizes.d, sizes.f, "int3", "trellis2.5")
+    weights = {"gate_up_proj": torch.randn(2, 64, 64) * 0.2, "down_proj": torch.randn(64, 64) * 0.2}
+    record = layout.encode({p: get_format(layout.format(p)).pack(w) for p, w in weights.items()})
+    module = StoredExperts("m", 2, 64, 64, None, PackLayout.repeat(layout, 2))
+    module.packed = record.repeat(2, 1)
+    compare(module, inputs(2, sizes._replace(e=3), torch.float32, "cpu")._replace(
+        index=torch.tensor([[0], [1]])), learn=False)  # fmt: skip
+    assert by_kernels == ["packed run"]
+
+
+@CPU
+def test_what_no_kernel_computes_stays_with_others(by_kernels: list[str]) -> None:
+    # Half a unit of a trellis or of int3, a format of each kind, a model's own format.
+    for formats, d, wanted in (
+        (("trellis3", "trellis3"), 96, []),
+        (("int3", "int3"), 48, []),
+        (("fp4", "int4"), 64, []),
+        (("fp4", "fp4"), 64, ["plain run"]),
+    ):
+        sizes = Sizes(d, 64, 5, 2)
+        module = make(formats, sizes, "cpu", 1.0)
+        module.kernels = "triton"
+        by_kernels.clear()
+        given = inputs(2, sizes, torch.float32, "cpu")
+        module(*given)
+        assert by_kernels == wanted, formats
+        module.kernels = "torch"
+        module(*given)
+        assert by_kernels == wanted, formats
+
+
+@GPU
+@pytest.mark.parametrize("n", [1, 64])
+@pytest.mark.parametrize("formats", [("int4", "int4"), ("trellis3", "trellis3")])
+def test_nothing_waits_for_the_host(formats: tuple[str, str], n: int) -> None:
+    module = make(formats, SIZES["cuda"], "cuda", 1.0)
+    given = inputs(n, SIZES["cuda"], torch.bfloat16, "cuda")
+    expected = module(*given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = module(*given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)

@@ -73,7 +73,7 @@ class ExpertsBase(nn.Module):
         """Hear once per forward which experts are hit, before the first is opened."""
 
     def arrivals(self, experts: list[int]) -> Iterable[int]:
-        """Give the order in which these experts are best computed; the sum does not depend on it."""
+        """Give the order in which these are best computed; the sum does not depend on it."""
         return experts
 
     def run_expert(self, expert: int, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -137,7 +137,10 @@ class StoredExperts(ExpertsBase):
             self.store.announce(self._layer, experts)
 
     def arrivals(self, experts: list[int]) -> Iterable[int]:
-        return experts if self.store is None else self.store.arrivals(self._layer, experts)
+        # A backward pass that computes the forward again wants the same order.
+        if self.store is None or torch.is_grad_enabled():
+            return experts
+        return self.store.arrivals(self._layer, experts)
 
     def stacked(self) -> tuple[StackedWeight, StackedWeight] | None:
         layout = self.layout.uniform

@@ -381,20 +381,23 @@ class ExpertStore:
     def _read_ahead(self) -> None:
         """Start the reads that buffers can be had for: the running layer's, then later ones'."""
         try:
-            while self._unread:
-                if not self._closed and self._unread[0] not in self._slots:
-                    if self._start_read(self._unread[0], Urgency.WANTED) is None:
-                        return
-                self._unread.popleft()
-            while self._unread_foreseen:
-                key = self._unread_foreseen[0]
-                if key in self._foreseen and key not in self._slots:
-                    if self._start_read(key, self._foreseen[key]) is None:
-                        return
-                self._unread_foreseen.popleft()
+            if self._start_all(self._unread, lambda _: Urgency.WANTED):
+                self._start_all(self._unread_foreseen, self._foreseen.get)
         except MemoryError:
             # The budget is smaller now; a use that insists will make room or say so.
             return
+
+    def _start_all(self, keys: deque[Key], urgency_of: Callable[[Key], Urgency | None]) -> bool:
+        """Start reads from the front on; false if one has to wait for a buffer."""
+        while keys and not self._closed:
+            urgency = urgency_of(keys[0])
+            started: object = True
+            if urgency is not None and keys[0] not in self._slots:
+                started = self._start_read(keys[0], urgency)
+            if not started:
+                return False
+            keys.popleft()
+        return True
 
     def _start_read(self, key: Key, urgency: Urgency, insist: bool = False) -> _Slot | None:
         """Begin to read a record; None if no buffer can be had now."""

@@ -284,7 +284,9 @@ class RecordReader:
         # Threads know the reader by its reads alone: an idle one holds nothing of it.
         read = RecordRead(key, view, start, urgency, self._run)
         self._queue.put(read)
-        if len(self._threads) < self._wanted_threads:
+        # A thread for each piece that is new, until there are all.
+        missing = self._wanted_threads - len(self._threads)
+        for _ in range(min(missing, -(-len(view) // self._piece))):
             name = f"expert-read-{len(self._threads)}"
             arguments = (self._queue, self._piece)
             thread = threading.Thread(target=_work, args=arguments, name=name, daemon=True)

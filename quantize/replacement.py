@@ -112,6 +112,7 @@ class Lfu(Replacement):
     def cool(self, key: Key) -> None:
         self._take(key)
         self._put(key, -1)
+        self._levels[-1].move_to_end(key, last=False)
 
     def order(self) -> Iterator[Key]:
         return (key for level in sorted(self._levels) for key in self._levels[level])

@@ -301,10 +301,10 @@ class ExpertStore:
                 self._changed.wait()
 
     def _wait(self, slot: _Slot) -> None:
-        if not slot.read.done():
-            with self._counting_wait(slot.read.key[0]):
-                slot.read.exception()
         try:
+            if not slot.read.done():
+                with self._counting_wait(slot.read.key[0]):
+                    slot.read.exception()
             slot.read.result()
         except CancelledError:
             self._check_open()

@@ -302,6 +302,14 @@ class LoraExperts(BesideLora):
         second = self._low_ranks(u, rows.counts, active, self.lora_down_A, self.lora_down_B)
         return ops.scatter_rows(_sum(y, second), rows.token, hidden_states)
 
+    def expect(self, top_k_index: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Pass on what the router has chosen."""
+        self.get_base_layer().expect(top_k_index, hidden_states)
+
+    def foresee(self, top_k_index: torch.Tensor, sure: bool = True) -> None:
+        """Pass on what the router will choose."""
+        self.get_base_layer().foresee(top_k_index, sure)
+
     def _low_ranks(
         self,
         x: torch.Tensor,

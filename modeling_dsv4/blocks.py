@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import hyper_ops
@@ -121,3 +122,13 @@ class Dsv4DecoderLayer(GradientCheckpointingLayer):
         u, more = block(x)
         streams = hyper_ops.expand(u, streams, post, comb, site.kernels)
         return streams, pre if self.single_pass else handed, more
+
+
+def foresee_experts(layers: Iterable[nn.Module], told: Pass) -> None:
+    """Tell hash-routed layers at the start of a pass what they will want: its ids say it."""
+    if told.input_ids is None:
+        return
+    for layer in layers:
+        assert isinstance(layer, Dsv4DecoderLayer)
+        if told.stores_only is None or layer.layer_idx < told.stores_only:
+            layer.mlp.foresee(told.input_ids)

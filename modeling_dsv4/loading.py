@@ -51,6 +51,8 @@ class PretrainedLoading(_Base):
         expert_memory: str | int | None = None,
         expert_device_memory: str | int | None = None,
         cold_experts: str | None = None,
+        expert_reads: str | None = None,
+        prefetch: str | None = None,
         engram_memory: str | int | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -65,9 +67,14 @@ class PretrainedLoading(_Base):
                 read from disk when routed to. Wants a directory that `dsv4-quantize` made.
             expert_device_memory: how much of them may lie in the memory of each GPU.
             cold_experts: where experts outside of it are computed: "device", "host" or "auto".
+            expert_reads: "direct" past the system's page cache, so that `expert_memory` is all
+                that experts take; "cached" through it; "auto" is the first where not all fit.
+            prefetch: "next-layer" guesses what the next layer will read; "off" unless told.
             engram_memory: likewise for the Engram tables.
-            kwargs: `output_loading_info=True` returns (model, report); tensors of our own layout
-                that are missing or not expected are then listed there instead of refused.
+            kwargs: `max_memory={0: "28GiB", "cpu": "96GiB"}` limits dense part and experts
+                together, by device. `output_loading_info=True` returns (model, report); tensors of
+                our own layout that are missing or not expected are then listed there instead of
+                refused.
 
         Raises:
             ValueError: tensors that do not fit, broken files, an unknown storage method, a
@@ -85,8 +92,11 @@ class PretrainedLoading(_Base):
             expert_memory=expert_memory,
             expert_device_memory=expert_device_memory,
             cold_experts=cold_experts,
+            expert_reads=expert_reads,
+            prefetch=prefetch,
             engram_memory=engram_memory,
         )
+        _heed_max_memory(config, kwargs)
         _check_method(config)
         reporting = bool(kwargs.get("output_loading_info"))
         own = (reporting and _says_own(directory)) or detect_layout(directory) == "dsv4"
@@ -206,6 +216,19 @@ def _set_budgets(config: PreTrainedConfig, **budgets: str | int | None) -> None:
             "experts can be read one by one; got another layout. Convert it first"
         )
     stored.update(given)
+
+
+def _heed_max_memory(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
+    """Leave out GPUs that are not there, and hand the limits to what places experts."""
+    given = kwargs.get("max_memory")
+    if not given:
+        return
+    there = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    given = {k: v for k, v in given.items() if not isinstance(k, int) or k < there}
+    kwargs["max_memory"] = given or None
+    stored = getattr(config, "quantization_config", None)
+    if stored and stored.get("quant_method") not in (None, RELEASE_METHOD):
+        stored["max_memory"] = {str(k): v for k, v in given.items()}
 
 
 def _check_method(config: PreTrainedConfig) -> None:

@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from . import hyper_ops
 from .attention import Dsv4Attention
-from .blocks import Dsv4DecoderLayer, Pass
+from .blocks import Dsv4DecoderLayer, Pass, foresee_experts
 from .cache import Dsv4Cache
 from .configuration_dsv4 import Dsv4Config
 from .draft import Dsv4DraftHead
@@ -372,6 +372,7 @@ class Dsv4Model(Dsv4PreTrainedModel):
         cache: Dsv4Cache | None,
         want: Wanted,
     ) -> tuple[torch.Tensor, Kept]:
+        foresee_experts(self.layers, told)
         streams = embeds[:, :, None].expand(-1, -1, self.config.hc_mult, -1)
         pre = first_pre(streams)  # two-pass layers do not look at it
         shared: tuple[torch.Tensor | None, ...] = (None,) * 4
@@ -396,8 +397,7 @@ class Dsv4Model(Dsv4PreTrainedModel):
         kept.add_state(streams, len(self.layers), want)
         if want.drafts and cache is not None:
             tapped[len(self.layers)] = streams.mean(2)
-            seen = [tapped[i] for i in points]
-            want.drafts.remember(seen, streams, embeds, told, cache.drafts)
+            want.drafts.remember([tapped[i] for i in points], streams, embeds, told, cache.drafts)
         hidden = self.hc_head(streams) if self.hc_head else hyper_ops.collapse(streams, pre)
         return self.norm(hidden), kept
 

@@ -6,7 +6,7 @@ Unusual here: scores are `sqrt(softplus(logits))`, the bias only selects, the ro
 experts by token id instead of by score.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +63,18 @@ class ExpertsBase(nn.Module):
         """Return the two projections of one expert: [M, D] -> [M, 2F] and [M, F] -> [M, D]."""
         raise NotImplementedError(f"{type(self).__name__} does not say how an expert is opened")
 
+    def expect(self, top_k_index: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Hear what the router has chosen, [n, K] for [n, D], ahead of `forward`."""
+
+    def foresee(self, top_k_index: torch.Tensor, sure: bool = True) -> None:
+        """Hear before this layer's turn what its router will choose, or may if not `sure`."""
+
     def prepare(self, experts: list[int]) -> None:
         """Hear once per forward which experts are hit, before the first is opened."""
+
+    def arrivals(self, experts: list[int]) -> Iterable[int]:
+        """Give the order in which these are best computed; the sum does not depend on it."""
+        return experts
 
     def run_expert(self, expert: int, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One expert on its own rows: x [M, D] and weights [M] to [M, D]."""
@@ -145,14 +155,10 @@ class ExpertsBase(nn.Module):
         x, weights = hidden_states[rows.token], top_k_weights.flatten()[rows.order]
         hit = [e for e, size in enumerate(rows.counts) if size]
         self.prepare(hit)
-        parts = []
-        for e, xe, we in zip(
-            hit,
-            x.split([rows.counts[e] for e in hit]),
-            weights.split([rows.counts[e] for e in hit]),
-            strict=True,
-        ):
-            parts.append(self.run_expert(e, xe, we))
+        sizes = [rows.counts[e] for e in hit]
+        given = dict(zip(hit, zip(x.split(sizes), weights.split(sizes), strict=True), strict=True))
+        done = {e: self.run_expert(e, *given[e]) for e in self.arrivals(hit)}
+        parts = [done[e] for e in hit]
         if not parts:
             # No rows, but of this graph: the backward's collectives want every process.
             parts.append(x * weights[:, None])
@@ -318,6 +324,13 @@ class Dsv4MoE(nn.Module):
         ids = None if input_ids is None else input_ids.flatten()
         types = None if token_types is None else token_types.flatten()
         logits, weights, indices = self.gate(flat, ids, types)
-        routed = self.experts(flat, indices, weights)
-        out = routed + ops.fp32(self.shared_experts(flat))
+        # What has to be read is read while the shared expert is computed.
+        self.experts.expect(indices, flat)
+        shared = ops.fp32(self.shared_experts(flat))
+        out = self.experts(flat, indices, weights) + shared
         return out.to(hidden_states.dtype).view_as(hidden_states), logits
+
+    def foresee(self, input_ids: torch.Tensor) -> None:
+        """Tell the experts what the tokens [...] will want, where ids alone decide it."""
+        if self.gate.hashed:
+            self.experts.foresee(self.gate.tid2eid[input_ids.flatten()])

@@ -111,6 +111,9 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         engram_memory: likewise of the Engram tables.
         expert_device_memory: how much of the experts may lie in each GPU's memory.
         cold_experts: where an expert outside of it is computed: "device", "host" or "auto".
+        expert_reads: "direct" past the page cache, "cached" through it, "auto".
+        prefetch: "off", or "next-layer" to guess what the next layer will read.
+        max_memory: {"0": .., "cpu": ..}, limits for dense part and experts together.
         fields: what else the source's storage says; kept as it is.
     """
 
@@ -119,6 +122,9 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         "expert_memory",
         "expert_device_memory",
         "cold_experts",
+        "expert_reads",
+        "prefetch",
+        "max_memory",
         "engram_memory",
     }
 
@@ -131,6 +137,9 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         engram_memory: str | int | None = None,
         expert_device_memory: str | int | None = None,
         cold_experts: str = "device",
+        expert_reads: str = "auto",
+        prefetch: str = "off",
+        max_memory: Mapping[str, str | int] | None = None,
         engram_tables: Mapping[str, str] | None = None,
         **fields: Any,
     ) -> None:
@@ -141,6 +150,9 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         given = expert_device_memory
         self.expert_device_memory = None if given is None else parse_size(given)
         self.cold_experts = cold_experts
+        self.expert_reads = one_of("expert_reads", expert_reads, ("auto", "direct", "cached"))
+        self.prefetch = one_of("prefetch", prefetch, ("off", "next-layer"))
+        self.max_memory = {k: parse_size(v) for k, v in (max_memory or {}).items()}
         # Directories of before there were any do not say so.
         self.engram_tables = dict(engram_tables or {})
         super().__init__(weight_block_size=weight_block_size, **fields)
@@ -149,3 +161,10 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         """Raise ValueError for storage of the dense part that cannot be read."""
         if self.weight_block_size is not None:
             super().validate()
+
+
+def one_of(name: str, given: str, known: tuple[str, ...]) -> str:
+    """Return a word, if it is known; ValueError if not."""
+    if given not in known:
+        raise ValueError(f"{name}: wanted one of {', '.join(known)}, got {given!r}")
+    return given

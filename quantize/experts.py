@@ -7,7 +7,7 @@ Without gradients C may compute on the record itself, see `cpu_experts.py`.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from .device_tier import DeviceTier, run_waves
 from .pack import PackFile, PackLayout, PackWriter, RecordLayout, pack_file_name
 from .store import ExpertStore, ReadCounts
 
+# A guess for more tokens would be nearly all experts.
+_GUESSED_UP_TO = 8
+
 
 class StoredExperts(ExpertsBase):
     """Experts of one layer as records of a pack.
@@ -38,6 +41,8 @@ class StoredExperts(ExpertsBase):
         packed: [E, record] or [bytes] uint8 if resident, else None; moves with the model.
         store: where records come from if they are on disk, else None.
         tier: slots in a GPU's memory that the store fills, else None.
+        look_ahead: called with few tokens' [n, D] as this layer begins, to guess what the next
+            one will want; None for no guesses.
     """
 
     packed: torch.Tensor | None
@@ -59,6 +64,7 @@ class StoredExperts(ExpertsBase):
         self.store: ExpertStore | None = None
         self.tier: DeviceTier | None = None
         self._given: torch.Tensor | None = None
+        self.look_ahead: Callable[[torch.Tensor], None] | None = None
         self._layer = 0
 
     @property
@@ -111,9 +117,31 @@ class StoredExperts(ExpertsBase):
             return False
         return not (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad))
 
+    def expect(self, top_k_index: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        if self.store is None:
+            return
+        self.store.announce(self._layer, self._ids(top_k_index))
+        if self.look_ahead is not None and len(hidden_states) <= _GUESSED_UP_TO:
+            self.look_ahead(hidden_states)
+
+    def foresee(self, top_k_index: torch.Tensor, sure: bool = True) -> None:
+        if self.store is not None:
+            self.store.foresee(self._layer, self._ids(top_k_index), sure)
+
+    def _ids(self, top_k_index: torch.Tensor) -> list[int]:
+        # Ids from `num_experts` on are another process's; what is in a slot is not read.
+        ids = (e for e in top_k_index.unique().tolist() if e < self.num_experts)
+        return [e for e in ids if self.tier is None or not self.tier.holds(self._layer, e)]
+
     def prepare(self, experts: list[int]) -> None:
         if self.store is not None:
             self.store.announce(self._layer, experts)
+
+    def arrivals(self, experts: list[int]) -> Iterable[int]:
+        # A backward pass that computes the forward again wants the same order.
+        if self.store is None or torch.is_grad_enabled():
+            return experts
+        return self.store.arrivals(self._layer, experts)
 
     def stacked(self) -> tuple[StackedWeight, StackedWeight] | None:
         layout = self.layout.uniform

@@ -7,6 +7,7 @@ read into memory if they fit into `expert_memory`, else left on disk behind one 
 Engram tables likewise, by `engram_memory` and one `RowStore`.
 """
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from modeling_dsv4.configuration_dsv4 import Dsv4Config
 from modeling_dsv4.engram import Engram
 from modeling_dsv4.hf_quantizer import ReleaseQuantizer, apply_release_storage
-from modeling_dsv4.moe import Dsv4Experts
+from modeling_dsv4.moe import Dsv4Experts, Dsv4MoE
 from modeling_dsv4.storage import PackedEmbedding
 from modeling_dsv4.weight_map import Inventory, our_inventory
 
@@ -68,7 +69,18 @@ class Dsv4Quantizer(ReleaseQuantizer):
         attach_tables(model, directory, self.quantization_config.engram_memory)
         packs = [PackFile.open(directory / pack_file_name(m.name)) for m in modules]
         config = self.quantization_config
-        attach(model, packs, config.expert_memory, config.expert_device_memory, config.cold_experts)
+        limits = {k: left_of(model, k, size) for k, size in config.max_memory.items()}
+        on_gpus = config.expert_device_memory
+        attach(
+            model,
+            packs,
+            limits.pop("cpu", None) if config.expert_memory is None else config.expert_memory,
+            limits if on_gpus is None else on_gpus,
+            config.cold_experts,
+            config.expert_reads,
+        )
+        if config.prefetch == "next-layer":
+            look_ahead(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     @staticmethod
@@ -154,8 +166,9 @@ def attach(
     model: nn.Module,
     packs: list[PackFile],
     expert_memory: int | None = None,
-    device_memory: int | None = None,
+    device_memory: int | Mapping[str, int] | None = None,
     cold_experts: str = "device",
+    reads: str = "auto",
 ) -> None:
     """Give every `StoredExperts` its records: resident, or on disk behind memory of both kinds.
 
@@ -165,9 +178,10 @@ def attach(
         model: with one `StoredExperts` for each pack, in the same order.
         packs: opened packs.
         expert_memory: bytes of experts that may be resident in host memory; None is what fits.
-        device_memory: likewise in the memory of each GPU that computes layers.
+        device_memory: likewise in the memory of each GPU that computes layers, or {"0": bytes}.
         cold_experts: where an expert is computed that is not in a GPU's memory: "device", "host",
             or "auto" (both, by their measured rates).
+        reads: "direct" past the page cache, "cached" through it, "auto" as the store chooses.
 
     Raises:
         ValueError: a pack of another model, or less memory than one expert, or two on a GPU.
@@ -196,7 +210,8 @@ def attach(
         return
     on_host = sum(size for device, size in taken.items() if device.type == "cpu")
     rest = max(host - on_host, largest) if on_host else host
-    store = ExpertStore([pack for _, _, pack in left], rest)
+    page_cache = None if reads == "auto" else reads == "cached"
+    store = ExpertStore([pack for _, _, pack in left], rest, page_cache=page_cache)
     tiers: dict[torch.device, DeviceTier] = {}
     for layer, (path, module, _) in enumerate(left):
         module.attach_store(store, layer)
@@ -213,8 +228,37 @@ def attach(
         tier.host_share = host_share(cold_experts, first, tier)
 
 
-def _device_budget(device: torch.device, given: int | None) -> int:
+def left_of(model: nn.Module, device: str, limit: int) -> int:
+    """Bytes of a limit, for "cpu" or a GPU's number, that the loaded weights there leave."""
+    place = torch.device("cuda", int(device)) if device.isdigit() else torch.device(device)
+    held = (*model.parameters(), *model.buffers())
+    return max(0, limit - sum(tensor.nbytes for tensor in held if tensor.device == place))
+
+
+def look_ahead(model: nn.Module) -> None:
+    """Let each layer ask the next one's router what it might want, with what it was given itself.
+
+    A guess: the router that is asked sees the input of the layer before its own. It is right for
+    part of the experts only, costs reads where it is wrong, and is off unless asked for.
+    """
+    named = model.named_modules()
+    layers = [m for n, m in named if isinstance(m, Dsv4MoE) and not n.startswith("mtp.")]
+    for here, following in itertools.pairwise(layers):
+        experts: nn.Module = here.experts
+        if not isinstance(experts, StoredExperts) or following.gate.hashed:
+            continue
+
+        @torch.no_grad()
+        def guess(x: torch.Tensor, asked: Dsv4MoE = following) -> None:
+            asked.experts.foresee(asked.gate(x)[2], sure=False)
+
+        experts.look_ahead = guess
+
+
+def _device_budget(device: torch.device, given: int | Mapping[str, int] | None) -> int:
     """Bytes for experts in a GPU's memory: as given, or what the dense part and work leave."""
+    if isinstance(given, Mapping):
+        given = given.get(str(device.index))
     if given is not None:
         return given
     free, whole = torch.cuda.mem_get_info(device)

@@ -1,34 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routed experts on disk: reads of whole records into a fixed number of reused buffers.
 
-One store serves all layers of a model, with one least-recently-used order over all of them: kept
-per layer, the same memory hits less often. A buffer is pinned while its record is read from, so
+One store serves all layers of a model, with one order of replacement over all of them: kept per
+layer, the same memory hits less often. A buffer is pinned while its record is read from, so
 eviction is safe at any capacity, down to one record.
 
 ```
+foresee(layer, experts)  ── a later layer's reads start where nothing wanted has to leave
 announce(layer, experts) ── all misses start at once ──> threads ── preadv ──> buffers
+arrivals(layer, experts) ── which to compute next: resident ones, then as reads end
 record(layer, expert)    ── waits for its own read ──> uint8 view, pinned until the block is left
 ```
 """
 
-import os
 import threading
 import time
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
-from .pack import PackFile, read_exactly
-from .pinned import page_aligned
+from .buffers import Buffers
+from .pack import PackFile
+from .reads import PIECE, Key, RecordRead, RecordReader, Urgency
+from .replacement import Replacement, make_replacement
 from .sizes import format_size
 
-Key = tuple[int, int]
+# What reads for later layers may hold, as a share of the budget: the running layer needs the rest.
+_FORESEEN_SHARE = 0.5
 
 
 @dataclass
@@ -40,8 +44,11 @@ class ReadCounts:
         hits: uses of an expert whose record was already in memory.
         misses: records read from disk.
         bytes_read: misses times the record's size, exactly.
-        waits: uses that had to wait for a read.
-        wait_seconds: how long they waited.
+        waits: times that a read was waited for.
+        wait_seconds: how long.
+        read_seconds: time during which a request was in flight: bytes_read / read_seconds is the
+            bandwidth that was reached.
+        called_off: reads for later layers that were not wanted and not begun.
     """
 
     tokens: int = 0
@@ -50,6 +57,8 @@ class ReadCounts:
     bytes_read: int = 0
     waits: int = 0
     wait_seconds: float = 0.0
+    read_seconds: float = 0.0
+    called_off: int = 0
 
     def add(self, other: "ReadCounts") -> None:
         """Add another's counts to these."""
@@ -59,23 +68,19 @@ class ReadCounts:
 
 @dataclass
 class _Slot:
-    """One buffer and the record in it. `fresh`: read, and not used since."""
+    """One buffer and the record in it.
+
+    `fresh`: read, and not used since. `returned`: the read failed and the buffer was given back.
+    """
 
     buffer: torch.Tensor
-    read: "Future[None]"
+    read: RecordRead
     pins: int = 0
     fresh: bool = True
+    returned: bool = False
 
-
-@dataclass
-class _Files:
-    """Open descriptors, closed when the store is forgotten."""
-
-    descriptors: dict[int, int] = field(default_factory=dict)
-
-    def close(self) -> None:
-        while self.descriptors:
-            os.close(self.descriptors.popitem()[1])
+    def idle(self) -> bool:
+        return not self.pins and self.read.done()
 
 
 class ExpertStore:
@@ -85,8 +90,14 @@ class ExpertStore:
         packs: one per layer; a layer is known by its place here.
         budget: bytes that may be resident; at least one record.
         threads: reads in flight.
-        page_cache: false drops what was read from the system's page cache as well, so that the
-            budget is all the memory that experts take.
+        page_cache: false reads past the system's page cache, so that the budget is all the memory
+            that experts take; None does so where the budget does not hold all of them.
+        replacement: which record leaves first, a name out of `replacement.REPLACEMENTS`.
+        piece: bytes of one request.
+
+    Raises:
+        ValueError: less than one record, an unknown policy.
+        OSError: a pack can't be opened.
     """
 
     def __init__(
@@ -94,51 +105,83 @@ class ExpertStore:
         packs: Sequence[PackFile],
         budget: int,
         threads: int = 8,
-        page_cache: bool = True,
+        page_cache: bool | None = None,
+        replacement: str = "lru",
+        piece: int = PIECE,
     ) -> None:
         self.packs = tuple(packs)
         largest = max(pack.layout.largest for pack in self.packs)
-        self.budget = budget
         if budget < largest:
             raise ValueError(
                 f"expert_memory: wanted at least one expert of {largest} bytes "
                 f"({format_size(largest)}), got {budget} ({format_size(budget)})"
             )
-        # A tier on a GPU wants pinned memory, from here on.
-        self.allocate: Callable[[int], torch.Tensor] = page_aligned
         self.counts = [ReadCounts() for _ in self.packs]
-        self._page_cache = page_cache
+        if page_cache is None:
+            page_cache = budget >= sum(pack.nbytes for pack in self.packs)
         # Of every pack; a record is checked at its first read, and trusted when read again.
         self._checksums = [pack.checksums() for pack in self.packs]
         self._checked: set[Key] = set()
-        self._slots: OrderedDict[Key, _Slot] = OrderedDict()
-        self._free: list[torch.Tensor] = []
-        # Bytes of all buffers: each is as large as the record that it was made for.
-        self._allocated = 0
+        self._buffers = Buffers(budget)
+        self._slots: dict[Key, _Slot] = {}
+        self._order: Replacement = make_replacement(replacement)
         # What the running layer still needs, in the order of use; and of that, what is not read.
         self._wanted: dict[Key, None] = {}
         self._unread: deque[Key] = deque()
+        # What later layers will or may need, likewise.
+        self._foreseen: dict[Key, Urgency] = {}
+        self._unread_foreseen: deque[Key] = deque()
         self._changed = threading.Condition()
-        self._files = _Files()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="expert-read")
-        weakref.finalize(self, self._files.close)
+        self._closed = False
+        paths = [pack.path for pack in self.packs]
+        self._reader = RecordReader(paths, threads, page_cache, _weakly(self._check), piece)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertStore":
         # A copy of a model reads the same files; two budgets would be twice what was allowed.
         return self
 
+    @property
+    def allocate(self) -> Callable[[int], torch.Tensor]:
+        """What makes a buffer of so many bytes; a tier on a GPU wants pinned memory."""
+        return self._buffers.allocate
+
+    @allocate.setter
+    def allocate(self, allocate: Callable[[int], torch.Tensor]) -> None:
+        self._buffers.allocate = allocate
+
+    @property
+    def budget(self) -> int:
+        """Bytes that may be resident."""
+        return self._buffers.budget
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads pass the page cache by."""
+        return self._reader.direct
+
     def stats(self) -> dict[str, float]:
-        """Counts of all layers together since loading; tokens are counted once, not per layer."""
+        """Counts of all layers together since loading.
+
+        Tokens are counted once, not per layer; so is time in which several layers were read.
+        """
         total = ReadCounts()
         for counts in self.counts:
             total.add(counts)
         total.tokens = max(counts.tokens for counts in self.counts)
+        total.read_seconds = self._reader.seconds()
         return asdict(total)
+
+    def layer_stats(self) -> list[dict[str, float]]:
+        """The same layer by layer, in the order of the packs."""
+        return [
+            asdict(counts) | {"read_seconds": self._reader.seconds(layer)}
+            for layer, counts in enumerate(self.counts)
+        ]
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of all buffers, never more than the budget."""
-        return self._allocated
+        return self._buffers.allocated
 
     def layer_bytes(self, layer: int) -> int:
         """Bytes of the buffers that hold records of one layer."""
@@ -146,14 +189,57 @@ class ExpertStore:
             return sum(slot.buffer.nbytes for key, slot in self._slots.items() if key[0] == layer)
 
     def announce(self, layer: int, experts: Sequence[int]) -> None:
-        """Say which experts of a layer come next, in order; their reads start at once."""
+        """Say which experts of a layer come next, in order; their reads start at once.
+
+        Once more with the same experts is harmless. What was foreseen for the layer and is not
+        among them is called off.
+
+        Raises:
+            ValueError: the store was closed.
+        """
         with self._changed:
+            self._check_open()
             self._wanted = {(layer, expert): None for expert in experts}
+            self._forget_foreseen(layer)
             for key in self._wanted:
                 if key in self._slots:
-                    self._slots.move_to_end(key)
+                    self._reader.hurry(self._slots[key].read)
             self._unread = deque(key for key in self._wanted if key not in self._slots)
             self._read_ahead()
+
+    def foresee(self, layer: int, experts: Sequence[int], sure: bool = True) -> None:
+        """Say what a later layer will want, or may want; replaces what was said of it before.
+
+        Reads start behind those of the running layer, and never evict what it wants. Together
+        they hold half of the budget at most.
+
+        Args:
+            layer: index of its pack.
+            experts: in order.
+            sure: false for a guess, read behind what is sure.
+        """
+        with self._changed:
+            self._check_open()
+            self._forget_foreseen(layer)
+            urgency = Urgency.FORESEEN if sure else Urgency.GUESSED
+            room = int(_FORESEEN_SHARE * self.budget)
+            room -= sum(self._size(key) for key in self._foreseen)
+            for key in ((layer, expert) for expert in experts):
+                room -= self._size(key)
+                if room < 0:
+                    break
+                self._foreseen[key] = urgency
+            keys = (key for key in self._foreseen if key not in self._slots)
+            self._unread_foreseen = deque(sorted(keys, key=self._foreseen.__getitem__))
+            self._read_ahead()
+
+    def arrivals(self, layer: int, experts: Sequence[int]) -> Iterator[int]:
+        """Yield the given experts: those in memory first, then each as its read ends."""
+        left = dict.fromkeys((layer, expert) for expert in experts)
+        while left:
+            key = self._await_any(left)
+            del left[key]
+            yield key[1]
 
     @contextmanager
     def record(self, layer: int, expert: int, last: bool = True) -> Iterator[torch.Tensor]:
@@ -166,152 +252,243 @@ class ExpertStore:
 
         Raises:
             OSError: the read failed or came short.
-            ValueError: the record is damaged.
+            ValueError: the record is damaged, or the store was closed.
+            MemoryError: the system has no memory for a single record.
         """
         key = (layer, expert)
         slot = self._pin(key)
+        used = False
         try:
-            self._wait(layer, slot)
+            self._wait(slot)
+            used = last
             yield slot.buffer
         finally:
-            self._unpin(key, slot, last)
+            self._unpin(key, slot, used)
 
     def close(self) -> None:
-        """Stop the threads and close the files; the store can't be used afterwards."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._files.close()
+        """Stop the threads and close the files; the store can't be used afterwards.
+
+        Who waits for a read that was not begun gets a ValueError; what is lent stays valid.
+        """
+        with self._changed:
+            self._closed = True
+            self._unread.clear()
+            self._unread_foreseen.clear()
+            self._changed.notify_all()
+        self._reader.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the expert store was closed; load the model again")
 
     def _pin(self, key: Key) -> _Slot:
         with self._changed:
-            while (slot := self._slots.get(key)) is None:
-                buffer = self._take_buffer(self._size(key), insist=True)
-                if buffer is not None:
-                    slot = self._start_read(key, buffer)
-                    break
+            while True:
+                self._check_open()
+                slot = self._slots.get(key)
+                try:
+                    slot = slot or self._start_read(key, Urgency.WANTED, insist=True)
+                except MemoryError:
+                    # The budget has shrunk to what there is: a record leaves for this one.
+                    if self.budget < self._size(key):
+                        raise
+                    continue
+                if slot is not None:
+                    slot.pins += 1
+                    self._reader.hurry(slot.read)
+                    return slot
                 # Every buffer is being read into or looked at by another thread.
                 self._changed.wait()
-            slot.pins += 1
-            self._slots.move_to_end(key)
-            return slot
 
-    def _wait(self, layer: int, slot: _Slot) -> None:
-        if not slot.read.done():
-            start = time.perf_counter()
-            slot.read.exception()
+    def _wait(self, slot: _Slot) -> None:
+        try:
+            if not slot.read.done():
+                with self._counting_wait(slot.read.key[0]):
+                    slot.read.exception()
+            slot.read.result()
+        except CancelledError:
+            self._check_open()
+            raise
+
+    def _await_any(self, left: dict[Key, None]) -> Key:
+        with self._changed:
+            key = self._arrived(left)
+            if key is None:
+                with self._counting_wait(next(iter(left))[0]):
+                    while (key := self._arrived(left)) is None:
+                        self._changed.wait()
+            return key
+
+    def _arrived(self, left: dict[Key, None]) -> Key | None:
+        """A key that can be used now; None while one of them is being read."""
+        reading = False
+        for key in left:
+            slot = self._slots.get(key)
+            if slot is not None and slot.read.done():
+                return key
+            reading = reading or slot is not None
+        # No buffer was free for any: its use will insist.
+        return None if reading else next(iter(left))
+
+    @contextmanager
+    def _counting_wait(self, layer: int) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
             with self._changed:
                 self.counts[layer].waits += 1
                 self.counts[layer].wait_seconds += time.perf_counter() - start
-        slot.read.result()
 
-    def _unpin(self, key: Key, slot: _Slot, last: bool) -> None:
+    def _unpin(self, key: Key, slot: _Slot, used: bool) -> None:
         with self._changed:
             slot.pins -= 1
             # Interrupted while waiting: the read goes on, and its buffer stays taken until it ends.
-            failed = slot.read.done() and _failed(slot.read)
-            if failed and self._slots.get(key) is slot:
-                # Forgotten at once, so that the next use tries again.
-                del self._slots[key]
-            if failed and not slot.pins:
-                self._free.append(slot.buffer)
-            if last and not failed:
+            if slot.read.done() and _failed(slot.read):
+                self._forget(key, slot)
+            elif used:
                 self._wanted.pop(key, None)
+                self._foreseen.pop(key, None)
                 self.counts[key[0]].hits += not slot.fresh
                 slot.fresh = False
+                self._order.use(key)
             self._read_ahead()
             self._changed.notify_all()
 
-    def _read_ahead(self) -> None:
-        while self._unread:
-            if self._unread[0] not in self._slots:
-                buffer = self._take_buffer(self._size(self._unread[0]), insist=False)
-                if buffer is None:
-                    return
-                self._start_read(self._unread[0], buffer)
-            self._unread.popleft()
+    def _forget(self, key: Key, slot: _Slot) -> None:
+        """Drop a record that was not read, so that the next use tries again."""
+        if self._slots.get(key) is slot:
+            del self._slots[key]
+            self._order.remove(key)
+        # A read may have failed before it was pinned.
+        if not slot.pins and not slot.returned:
+            slot.returned = True
+            self._buffers.give(slot.buffer)
 
-    def _start_read(self, key: Key, buffer: torch.Tensor) -> _Slot:
-        slot = _Slot(buffer, self._pool.submit(self._read, key, buffer))
-        self._slots[key] = slot
-        slot.read.add_done_callback(self._notify)
+    def _forget_foreseen(self, layer: int) -> None:
+        """Call off what was foreseen for a layer and is not wanted."""
+        for key in [key for key in self._foreseen if key[0] == layer]:
+            del self._foreseen[key]
+            slot = self._slots.get(key)
+            if slot is None or key in self._wanted or slot.pins or not slot.fresh:
+                continue
+            if slot.read.cancel():
+                self.counts[layer].called_off += 1
+            elif not slot.read.done() or not _failed(slot.read):
+                self._order.cool(key)
+        self._unread_foreseen = deque(key for key in self._unread_foreseen if key[0] != layer)
+
+    def _read_ahead(self) -> None:
+        """Start the reads that buffers can be had for: the running layer's, then later ones'."""
+        try:
+            if self._start_all(self._unread, lambda _: Urgency.WANTED):
+                self._start_all(self._unread_foreseen, self._foreseen.get)
+        except MemoryError:
+            # The budget is smaller now; a use that insists will make room or say so.
+            return
+
+    def _start_all(self, keys: deque[Key], urgency_of: Callable[[Key], Urgency | None]) -> bool:
+        """Start reads from the front on; false if one has to wait for a buffer."""
+        while keys and not self._closed:
+            urgency = urgency_of(keys[0])
+            started: object = True
+            if urgency is not None and keys[0] not in self._slots:
+                started = self._start_read(keys[0], urgency)
+            if not started:
+                return False
+            keys.popleft()
+        return True
+
+    def _start_read(self, key: Key, urgency: Urgency, insist: bool = False) -> _Slot | None:
+        """Begin to read a record; None if no buffer can be had now."""
+        buffer = self._take_buffer(self._size(key), urgency, insist)
+        if buffer is None:
+            return None
+        start, _ = self.packs[key[0]].span(key[1])
+        read = self._reader.submit(key, buffer.numpy().data, start, urgency)
+        slot = self._slots[key] = _Slot(buffer, read)
+        self._order.add(key)
+        read.add_done_callback(self._settle)
         return slot
 
-    def _notify(self, _: "Future[None]") -> None:
+    def _settle(self, read: "Future[None]") -> None:
+        assert isinstance(read, RecordRead)
         with self._changed:
+            slot = self._slots.get(read.key)
+            if slot is not None and slot.read is read and not slot.pins and _failed(read):
+                self._forget(read.key, slot)
             self._changed.notify_all()
 
     def _size(self, key: Key) -> int:
         return self.packs[key[0]].span(key[1])[1]
 
-    def _take_buffer(self, size: int, insist: bool) -> torch.Tensor | None:
-        """Find a buffer of `size` bytes: unused, new, or of the least recently used records.
+    def _take_buffer(self, size: int, urgency: Urgency, insist: bool) -> torch.Tensor | None:
+        """Find a buffer of `size` bytes: unused, new, or of records that nobody needs.
 
-        Nobody needs those; with `insist` also some that the running layer still wants, the last
-        wanted first. Nothing is evicted if that would not do.
+        Nothing is evicted if that would not do.
         """
-        unused = next((i for i, free in enumerate(self._free) if free.nbytes == size), None)
-        if unused is not None:
-            return self._free.pop(unused)
-        room = self.budget - self._allocated + sum(free.nbytes for free in self._free)
+        lacking = self._buffers.lacking(size)
         victims: list[Key] = []
-        for key in self._evictable(insist) if room < size else ():
+        for key in self._evictable(urgency, insist) if lacking else ():
             victims.append(key)
-            room += self._slots[key].buffer.nbytes
-            if room >= size:
+            lacking -= self._slots[key].buffer.nbytes
+            if lacking <= 0 or self._slots[key].buffer.nbytes == size:
+                lacking = 0
                 break
-        if room < size:
+        if lacking:
             return None
-        self._free += [self._recycle(self._slots.pop(key).buffer) for key in victims]
-        same = next((i for i, free in enumerate(self._free) if free.nbytes == size), None)
-        if same is not None:
-            return self._free.pop(same)
-        while self._allocated + size > self.budget:
-            self._allocated -= self._free.pop().nbytes
-        self._allocated += size
-        return self.allocate(size)
+        for key in victims:
+            self._order.remove(key)
+            self._buffers.give(self._recycle(self._slots.pop(key).buffer))
+        return self._buffers.take(size)
 
-    def _evictable(self, insist: bool) -> Iterator[Key]:
-        idle = [k for k, slot in self._slots.items() if not slot.pins and slot.read.done()]
-        yield from (key for key in idle if key not in self._wanted)
-        if insist:
-            order = {key: i for i, key in enumerate(self._wanted)}
-            wanted = (key for key in idle if key in order)
-            yield from sorted(wanted, key=order.__getitem__, reverse=True)
+    def _evictable(self, urgency: Urgency, insist: bool) -> Iterator[Key]:
+        """Records that may leave: those that nobody needs in the policy's order.
+
+        For the running layer then what later ones need; with `insist` also some that it still
+        wants itself, the last wanted first.
+        """
+        for key in self._order.order():
+            if key not in self._wanted and key not in self._foreseen and self._slots[key].idle():
+                yield key
+        if urgency is not Urgency.WANTED:
+            return
+        for needed in (self._foreseen, self._wanted if insist else {}):
+            for key in reversed(needed):
+                slot = self._slots.get(key)
+                if (
+                    slot is not None
+                    and slot.idle()
+                    and not (needed is self._foreseen and key in self._wanted)
+                ):
+                    yield key
 
     def _recycle(self, buffer: torch.Tensor) -> torch.Tensor:
         """Hand out the buffer of an evicted record."""
         return buffer
 
-    def _read(self, key: Key, buffer: torch.Tensor) -> None:
+    def _check(self, key: Key, view: memoryview) -> None:
+        """Compare a record with its checksum at its first read; count the read."""
         layer, expert = key
-        pack = self.packs[layer]
-        start, size = pack.span(expert)
-        descriptor = self._open(layer)
-        view = buffer.numpy().data
-        read_exactly(pack.path, descriptor, view, start)
         if key not in self._checked:
-            pack.check_record(expert, view, self._checksums[layer][expert])
+            self.packs[layer].check_record(expert, view, self._checksums[layer][expert])
+        with self._changed:
             self._checked.add(key)
-        if not self._page_cache:
-            _advise(descriptor, start, size, "POSIX_FADV_DONTNEED")
-        with self._changed:
             self.counts[layer].misses += 1
-            self.counts[layer].bytes_read += size
-
-    def _open(self, layer: int) -> int:
-        with self._changed:
-            if layer not in self._files.descriptors:
-                descriptor = os.open(self.packs[layer].path, os.O_RDONLY)
-                self._files.descriptors[layer] = descriptor
-                # Records are read whole: the system's read-ahead would fetch a neighbour's head.
-                _advise(descriptor, 0, 0, "POSIX_FADV_RANDOM")
-            return self._files.descriptors[layer]
+            self.counts[layer].bytes_read += len(view)
 
 
 def _failed(read: "Future[None]") -> bool:
     return read.cancelled() or read.exception() is not None
 
 
-def _advise(descriptor: int, start: int, size: int, advice: str) -> None:
-    # Advice about the page cache is not known to every system, and never changes what is read.
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, start, size, getattr(os, advice))
+def _weakly(check: Callable[[Key, memoryview], None]) -> Callable[[Key, memoryview], None]:
+    """The same method, held without its store: the reader must not keep a forgotten store."""
+    reference = weakref.WeakMethod(check)
+
+    def call(key: Key, view: memoryview) -> None:
+        method = reference()
+        if method is not None:
+            method(key, view)
+
+    return call

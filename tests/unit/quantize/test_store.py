@@ -4,6 +4,7 @@
 import copy
 import gc
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,7 +102,7 @@ def test_the_least_recently_used_record_leaves_first(open_store: OpenStore) -> N
     for e in (0, 1, 0, 2):
         with store.record(0, e):
             pass
-    assert list(store._slots) == [(0, 0), (0, 2)]
+    assert set(store._slots) == {(0, 0), (0, 2)}
 
 
 def test_what_the_layer_still_wants_outlives_what_is_older_in_use(open_store: OpenStore) -> None:
@@ -121,9 +122,152 @@ def test_one_order_over_all_layers(open_store: OpenStore) -> None:
     for layer, e in ((0, 0), (1, 0), (1, 1)):
         with store.record(layer, e):
             pass
-    assert list(store._slots) == [(1, 0), (1, 1)]
+    assert set(store._slots) == {(1, 0), (1, 1)}
     assert store.layer_bytes(0) == 0
     assert store.layer_bytes(1) == 2 * store.packs[0].layout.largest
+
+
+def use(store: ExpertStore, layer: int, expert: int) -> None:
+    with store.record(layer, expert):
+        pass
+
+
+def arrived(store: ExpertStore) -> set[tuple[int, int]]:
+    """What is in memory once everything that was asked for is there."""
+    for slot in list(store._slots.values()):
+        slot.read.exception()
+    return set(store._slots)
+
+
+def test_what_is_in_memory_is_computed_before_what_is_read(open_store: OpenStore) -> None:
+    store, records = open_store(K)
+    use(store, 0, 5)
+    held = threading.Event()
+    plain, store._reader._read = store._reader._read, lambda *a: (held.wait(20), plain(*a))
+    store.announce(0, [5, 6, 7])
+    order = store.arrivals(0, [5, 6, 7])
+    assert next(order) == 5
+    held.set()
+    seen = []
+    for e in order:
+        with store.record(0, e) as record:
+            assert torch.equal(record, records[0, e])
+        seen.append(e)
+    assert sorted(seen) == [6, 7]
+
+
+@pytest.mark.parametrize("capacity", [2, 3])
+def test_a_pass_reads_each_expert_once_at_the_smallest_budgets(
+    open_store: OpenStore, capacity: int
+) -> None:
+    store, _ = open_store(capacity)
+    store.announce(0, list(range(8)))
+    for e in store.arrivals(0, list(range(8))):
+        with store.record(0, e, last=False):
+            pass
+        with store.record(0, e):
+            # Reads of the next go on while one is looked at.
+            assert len(arrived(store)) == capacity or len(store._wanted) <= capacity
+    assert store.stats()["bytes_read"] == 8 * store.packs[0].layout.largest
+
+
+def test_foreseen_records_are_there_when_their_layer_begins(open_store: OpenStore) -> None:
+    store, _ = open_store(6, layers=2)
+    store.foresee(1, [2, 3])
+    store.announce(0, [0, 1])
+    assert arrived(store) == {(0, 0), (0, 1), (1, 2), (1, 3)}
+    store.announce(1, [2, 3])
+    use(store, 1, 2)
+    assert store.counts[1].misses == 2
+
+
+def test_foreseen_records_never_displace_wanted_ones(open_store: OpenStore) -> None:
+    store, _ = open_store(4, layers=2)
+    store.announce(0, [0, 1, 2, 3])
+    store.foresee(1, [0, 1, 2, 3])
+    assert arrived(store) == {(0, e) for e in range(4)}
+    for e in range(4):
+        use(store, 0, e)
+    assert store.counts[0].misses == 4
+    # As those were used, half of the budget went to what was foreseen.
+    assert {key for key in arrived(store) if key[0] == 1} == {(1, 0), (1, 1)}
+
+
+def test_wanted_records_displace_foreseen_ones(open_store: OpenStore) -> None:
+    store, _ = open_store(4, layers=2)
+    store.foresee(1, [0, 1], sure=False)
+    arrived(store)
+    store.announce(0, [0, 1, 2, 3])
+    assert arrived(store) == {(0, e) for e in range(4)}
+
+
+def test_wrong_guesses_are_called_off_or_leave_first(open_store: OpenStore) -> None:
+    store, _ = open_store(4, layers=2)
+    use(store, 0, 7)
+    store.foresee(1, [0, 1], sure=False)
+    arrived(store)
+    store.announce(1, [5])
+    use(store, 1, 5)
+    store.announce(0, [1, 2])
+    assert arrived(store) == {(0, 7), (1, 5), (0, 1), (0, 2)}
+
+
+def test_a_guess_that_was_not_begun_is_called_off(open_store: OpenStore) -> None:
+    store, _ = open_store(4, layers=2)
+    held = threading.Event()
+    plain, store._reader._read = store._reader._read, lambda *a: (held.wait(20), plain(*a))
+    busy = [store._reader.submit((0, 0), memoryview(bytearray(1)), 0, 0) for _ in range(8)]
+    while not all(read.running() for read in busy):
+        time.sleep(0.001)
+    store.foresee(1, [0, 1], sure=False)
+    store.announce(1, [1, 2])
+    held.set()
+    assert arrived(store) == {(1, 1), (1, 2)}
+    assert store.counts[1].called_off == 1
+
+
+def test_layers_are_counted_apart_and_time_once(open_store: OpenStore) -> None:
+    store, _ = open_store(4, layers=2)
+    store.announce(0, [0, 1])
+    use(store, 0, 0)
+    use(store, 0, 1)
+    use(store, 1, 5)
+    layers, total = store.layer_stats(), store.stats()
+    assert [c["misses"] for c in layers] == [2, 1]
+    assert total["misses"] == 3
+    assert all(c["read_seconds"] > 0 for c in layers)
+    assert max(c["read_seconds"] for c in layers) <= total["read_seconds"]
+    assert total["read_seconds"] <= sum(c["read_seconds"] for c in layers) + 1e-6
+
+
+@pytest.mark.parametrize("replacement", ["lru", "lfu", "admitted-lru"])
+@pytest.mark.parametrize("rounds", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_random_use_at_random_budgets_lends_right_bytes(
+    make_pack: MakePack, replacement: str, rounds: int
+) -> None:
+    made = [make_pack(8, layer) for layer in range(3)]
+    draw = random.Random(rounds)
+    for _ in range(max(3, rounds // 1000)):
+        size = made[0][0].layout.largest
+        budget = draw.randrange(size, 25 * size)
+        packs = [pack for pack, _ in made]
+        threads = draw.randrange(1, 9)
+        store = PoisonedStore(packs, budget, threads, replacement=replacement)
+        for _ in range(rounds // 3):
+            layer = draw.randrange(3)
+            chosen = draw.sample(range(8), 3)
+            if draw.random() < 0.5:
+                store.foresee((layer + 1) % 3, draw.sample(range(8), 3), draw.random() < 0.5)
+            store.announce(layer, chosen)
+            for e in store.arrivals(layer, chosen):
+                if draw.random() < 0.1:
+                    break
+                with store.record(layer, e) as record:
+                    assert torch.equal(record, made[layer][1][e])
+            assert store.resident_bytes <= budget
+        total = store.stats()
+        assert total["bytes_read"] == total["misses"] * size
+        store.close()
 
 
 def test_a_budget_below_one_record_is_refused_with_numbers(make_pack: MakePack) -> None:

@@ -30,6 +30,7 @@ from .checksums import FILE as CHECKSUMS
 from .checksums import Checksums, copy_file, write_text
 from .config import METHOD, Recipe
 from .dense import part_tiles, table_tiles
+from .direct import aligned_zeros
 from .encode import Statistics, encode_expert, keeps_bytes
 from .hub import HubOrigin, is_repository
 from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, peak_disk, plan_job
@@ -384,7 +385,7 @@ class _Told:
         """This thread's record, zeros where a layout has no field."""
         if getattr(self._own, "layout", None) != layout:
             self._own.layout = layout
-            self._own.record = torch.zeros(layout.nbytes, dtype=torch.uint8)
+            self._own.record = aligned_zeros(layout.nbytes)
         return self._own.record
 
     def progress(self, file: str, done: int) -> None:

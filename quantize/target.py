@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Lock
 
 from .checksums import Checksums, FileSums, span_checksum
+from .direct import Direct, open_direct
 from .job import Item, Job, TargetFile
 from .pack import PackFile, pack_trailer, write_exactly
 
@@ -34,6 +35,9 @@ class Target:
         self.job = job
         self.sums = sums
         self._descriptors: dict[str, int] = {}
+        # Of the same files, past the page cache where the file system can.
+        self._past_cache: dict[str, int | None] = {}
+        self._direct = Direct()
         self._touched: set[str] = set()
         self._lock = Lock()
         self._committed = time.monotonic()
@@ -53,7 +57,8 @@ class Target:
 
     def write(self, item: Item, view: memoryview, skip: int = 0) -> None:
         """Write bytes of an item from `skip` on; any thread may."""
-        write_exactly(self._descriptor(item.file), view, item.start + skip)
+        plain, direct = self._descriptor(item.file), self._past_cache[item.file]
+        self._direct.write(plain, direct, view, item.start + skip)
 
     def finish(self, item: Item, checksum: int) -> None:
         """Hear that all bytes of an item are written; makes them durable from time to time."""
@@ -80,7 +85,7 @@ class Target:
         self.sums.save(self.directory)
         for name in complete:
             self._partial(name).replace(self.directory / name)
-            os.close(self._descriptors.pop(name))
+            self._close(name)
             self._take_up(name)
         if complete:
             sync_directory(self.directory)
@@ -109,8 +114,13 @@ class Target:
 
     def close(self) -> None:
         """Close all files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        for name in list(self._descriptors):
+            self._close(name)
+
+    def _close(self, name: str) -> None:
+        for descriptor in (self._descriptors.pop(name), self._past_cache.pop(name, None)):
+            if descriptor is not None:
+                os.close(descriptor)
 
     def _checksums(self, name: str) -> dict[str, int]:
         if name not in self.sums.files:
@@ -153,6 +163,7 @@ class Target:
                 flags = os.O_RDWR | os.O_CREAT
                 descriptor = os.open(self._partial(name), flags, 0o644)
                 self._descriptors[name] = descriptor
+                self._past_cache[name] = open_direct(self._partial(name), os.O_RDWR)
                 file = self.job.files[name]
                 if os.fstat(descriptor).st_size != file.nbytes:
                     os.ftruncate(descriptor, file.nbytes)

@@ -3,6 +3,7 @@
 
 import errno
 import json
+import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from quantize import direct
 from quantize.checksums import Checksums, damages
 from quantize.config import Recipe, get_recipe
 from quantize.convert import Options, convert
@@ -60,6 +62,18 @@ def test_workers_change_no_byte(sharded: Path, tmp_path: Path) -> None:
     one = convert(sharded, tmp_path / "one", blocks, options=Options(workers=1))
     many = convert(sharded, tmp_path / "many", blocks, options=Options(workers=5))
     assert contents(one) == contents(many)
+
+
+def test_the_page_cache_changes_no_byte(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = convert(sharded, tmp_path / "cached", FP4, max_shard_size=300_000)
+    monkeypatch.setattr(direct, "LEAST", 1)
+    monkeypatch.setattr("quantize.convert._PIECE", 10_001)
+    past = convert(sharded, tmp_path / "past", FP4, max_shard_size=300_000)
+    monkeypatch.delattr(os, "O_DIRECT")
+    without = convert(sharded, tmp_path / "without", FP4, max_shard_size=300_000)
+    assert contents(cached) == contents(past) == contents(without)
 
 
 def test_shards_go_once_they_are_converted(sharded: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def convert(
     job = plan_job(opened, recipe, max_shard_size)
     identity = {"wish": dict(wish)} if wish else {}
     sums = _open_sums(opened, target, recipe, max_shard_size, identity)
-    _check_space(opened, job, sums, target)
+    check_space(opened, job, sums, target)
     # What was whole once may have been damaged since.
     sums.complete = sums.complete and all(sums.has(target / name) for name in sums.files)
     opened.origin.prepare()
@@ -221,13 +221,14 @@ def _open_sums(
     return sums if sums is not None else Checksums(job)
 
 
-def _check_space(source: Source, job: Job, sums: Checksums, target: Path) -> None:
+def check_space(source: Source, job: Job, sums: Checksums, target: Path, more: int = 0) -> None:
+    """Refuse a disk without room for what is left to write, and `more` bytes; ValueError."""
     origin = source.origin
     done = sum(s.nbytes for name, s in sums.files.items() if sums.has(target / name))
     for name, keys in sums.done.items():
         done += sum(item.nbytes for item in job.files[name].items if item.key in keys)
     # A megabyte covers config.json, the index and the checksums of any model.
-    wanted = space_wanted(source, job) - done + 2**20
+    wanted = space_wanted(source, job) - done + more + 2**20
     where = next(path for path in (target, *target.absolute().parents) if path.exists())
     free = shutil.disk_usage(where).free
     if wanted > free:

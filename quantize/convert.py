@@ -34,7 +34,7 @@ from .direct import aligned_zeros
 from .encode import Statistics, encode_expert, keeps_bytes
 from .hub import HubOrigin, is_repository
 from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, peak_disk, plan_job
-from .origin import STAGING, LocalOrigin, remains
+from .origin import STAGING, LocalOrigin, freed, remains
 from .pack import PROJECTIONS, RecordLayout
 from .sizes import format_size
 from .source import Source, small_bytes, small_files
@@ -228,9 +228,8 @@ def check_space(source: Source, job: Job, sums: Checksums, target: Path, more: i
     for name, keys in sums.done.items():
         done += sum(item.nbytes for item in job.files[name].items if item.key in keys)
     # A megabyte covers config.json, the index and the checksums of any model.
-    wanted = space_wanted(source, job) - done + more + 2**20
-    where = next(path for path in (target, *target.absolute().parents) if path.exists())
-    free = shutil.disk_usage(where).free
+    wanted = space_wanted(source, job, target) - done + more + 2**20
+    free = shutil.disk_usage(_existing(target)).free
     if wanted > free:
         raise ValueError(
             f"{target}: wanted {format_size(wanted)} of free disk, got {format_size(free)}; "
@@ -239,10 +238,19 @@ def check_space(source: Source, job: Job, sums: Checksums, target: Path, more: i
         )
 
 
-def space_wanted(source: Source, job: Job) -> int:
-    """Bytes of free disk that a conversion wants at most."""
+def _existing(target: Path) -> Path:
+    """The target, or the nearest directory above it that is there."""
+    return next(path for path in (target, *target.absolute().parents) if path.exists())
+
+
+def space_wanted(source: Source, job: Job, target: Path) -> int:
+    """Bytes of free disk that a conversion into `target` wants at most."""
     origin = source.origin
-    peak = peak_disk(job, origin.sizes, origin.fetched, not origin.keeps and not origin.fetched)
+    deleted, frees = not origin.keeps and not origin.fetched, None
+    if deleted:
+        device = _existing(target).stat().st_dev
+        frees = {shard: freed(source.directory / shard, device) for shard in origin.sizes}
+    peak = peak_disk(job, origin.sizes, origin.fetched, deleted, frees)
     return peak + small_bytes(source.directory)
 
 

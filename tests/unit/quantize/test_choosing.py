@@ -58,9 +58,9 @@ def test_a_name_is_a_recipe_and_nothing_is_kept(release: Path, tmp_path: Path) -
 
 def test_a_size_includes_a_large_tokenizer(release: Path, tmp_path: Path) -> None:
     job = plan_job(Source(release), get_recipe("fp4"))
-    before = space_wanted(Source(release), job)
+    before = space_wanted(Source(release), job, tmp_path)
     (release / "tokenizer.json").write_text(" " * 3_000_000)
-    assert space_wanted(Source(release), job) == before + 3_000_000
+    assert space_wanted(Source(release), job, tmp_path) == before + 3_000_000
     wanted = job.nbytes - 12 * 4096 + 2**20 + 3_000_000
     settled = settle(Wish(target_size=wanted), Source(release), tmp_path / "out")
     got = plan_job(Source(release), settled.recipe).nbytes + 3_000_000 + 2**20
@@ -211,7 +211,7 @@ def test_a_full_disk_is_told_before_the_work(
     usage = shutil.disk_usage(tmp_path)
 
     def room(source: Source, job: Job, sums: Checksums, target: Path, more: int) -> None:
-        asked.append(space_wanted(source, job) + more)
+        asked.append(space_wanted(source, job, target) + more)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=asked[0]))
         check_space(source, job, sums, target, more)
 
@@ -226,7 +226,7 @@ def test_a_full_disk_is_told_before_the_work(
     if wanted.target_size:
         assert asked == [wanted.target_size - 2**20]
     elif wanted.calibrate:
-        exact = space_wanted(source, plan_job(source, get_recipe("fp4")))
+        exact = space_wanted(source, plan_job(source, get_recipe("fp4")), tmp_path)
         assert asked == [exact + statistics_bytes(source)]
     else:
         assert asked[0] < plan_job(source, get_recipe("fp4")).nbytes

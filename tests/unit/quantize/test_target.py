@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from quantize import direct
 from quantize.checksums import Checksums, damages
 from quantize.config import Recipe, get_recipe
-from quantize.convert import Options, convert
+from quantize.convert import Options, convert, space_wanted
 from quantize.job import Item, peak_disk, plan_job
-from quantize.source import Slice, Source
+from quantize.origin import LocalOrigin, freed
+from quantize.source import Slice, Source, small_bytes
 from quantize.target import Target
 
 FP4 = get_recipe("fp4")
@@ -190,6 +191,32 @@ def test_eating_the_source_wants_less_disk(sharded: Path) -> None:
     assert deleted < job.nbytes - min(sizes.values())
     fetched = peak_disk(job, sizes, fetched=True, deleted=False)
     assert job.nbytes < fetched < job.nbytes + 2 * max(sizes.values())
+
+
+def test_what_frees_nothing_here_is_not_counted_on(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wanted() -> int:
+        source = Source(LocalOrigin(sharded, delete=True))
+        return space_wanted(source, plan_job(source, FP4), tmp_path / "out")
+
+    whole = plan_job(Source(sharded), FP4).nbytes + small_bytes(sharded)
+    all_go, elsewhere = wanted(), tmp_path / "elsewhere"
+    assert all_go < whole
+    elsewhere.mkdir()
+    for path in sharded.glob("model-*.safetensors"):
+        os.link(path, elsewhere / path.name)
+    assert wanted() == whole
+    shutil.rmtree(elsewhere)
+    assert wanted() == all_go
+    with monkeypatch.context() as patch:
+        patch.setattr("quantize.convert.freed", lambda path, device: freed(path, device + 1))
+        assert wanted() == whole
+    elsewhere.mkdir()
+    for path in sharded.glob("model-*.safetensors"):
+        path.rename(elsewhere / path.name)
+        path.symlink_to(elsewhere / path.name)
+    assert wanted() == whole
 
 
 def test_the_error_of_rounding_is_told(release: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from .pack import PROJECTIONS, RecordLayout
 from .sizes import format_size
 from .source import Source, small_bytes, small_files
 from .tables import blocks
-from .target import Target, sync_directory
+from .target import Target, sole_writer, sync_directory
 
 Progress = Callable[[str, int], None]
 # Of a dense tensor, what is in memory at a time.
@@ -94,11 +94,25 @@ def convert(
         wish: what else the result depends on, by which a later call knows it again.
 
     Raises:
-        ValueError: unusable source, a target that holds something else, a full disk.
+        ValueError: unusable source, a target that holds something else or that another process
+            is writing, a full disk.
         OSError: a file of the source that cannot be read.
     """
-    target = Path(target)
-    options = options or Options(progress=progress)
+    target, options = Path(target), options or Options(progress=progress)
+    with sole_writer(target):
+        return convert_alone(source, target, recipe, max_shard_size, options, statistics, wish)
+
+
+def convert_alone(
+    source: str | Path,
+    target: Path,
+    recipe: Recipe,
+    max_shard_size: int,
+    options: Options,
+    statistics: Statistics | None = None,
+    wish: Mapping[str, Any] | None = None,
+) -> Path:
+    """Convert as `convert` does, for who holds the target by `sole_writer`."""
     deleted = options.delete_source_shards
     opened = open_source(source, target, recipe, max_shard_size, deleted, wish)
     if opened is None:

@@ -6,10 +6,13 @@ which is saved after the bytes and never before; a run that was killed loses wha
 file with all its items is renamed, and from then on has the size and header that it was given.
 """
 
+import fcntl
+import logging
 import os
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 
@@ -19,6 +22,7 @@ from .job import Item, Job, TargetFile
 from .pack import PackFile, pack_trailer, write_exactly
 
 _COMMIT_SECONDS = 20.0
+_LOG = logging.getLogger(__name__)
 
 
 class Target:
@@ -169,6 +173,47 @@ class Target:
                     os.ftruncate(descriptor, file.nbytes)
                 write_exactly(descriptor, file.header, 0)
             return self._descriptors[name]
+
+
+@contextmanager
+def sole_writer(directory: Path) -> Iterator[None]:
+    """Keep other conversions out of a target while this one writes.
+
+    The lock is on the directory itself, so that nothing is left of it; the kernel releases it when
+    the process ends, however that happens. A file system without locks goes without. A directory
+    that was made for it and stayed empty is removed.
+
+    Raises:
+        ValueError: another process is writing there.
+    """
+    made = not directory.exists()
+    if made:
+        directory.mkdir(parents=True, exist_ok=True)
+    if not directory.is_dir():
+        # The conversion says what is wrong with it.
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        _lock(directory, descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+        if made:
+            with suppress(OSError):
+                directory.rmdir()
+
+
+def _lock(directory: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"{directory}: another conversion is writing there; wait for its end and run the "
+            "command again, or give another directory"
+        ) from None
+    except OSError as error:
+        _LOG.warning("%s: no lock against a second conversion (%s)", directory, error.strerror)
 
 
 def sync_directory(directory: Path) -> None:

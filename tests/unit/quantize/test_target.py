@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from quantize import direct
 from quantize.checksums import Checksums, damages
+from quantize.cli import app
 from quantize.config import Recipe, get_recipe
 from quantize.convert import Options, convert, space_wanted
 from quantize.job import Item, peak_disk, plan_job
 from quantize.origin import LocalOrigin, freed
 from quantize.source import Slice, Source, small_bytes
-from quantize.target import Target
+from quantize.target import Target, sole_writer
 
 FP4 = get_recipe("fp4")
 
@@ -217,6 +219,40 @@ def test_what_frees_nothing_here_is_not_counted_on(
         path.rename(elsewhere / path.name)
         path.symlink_to(elsewhere / path.name)
     assert wanted() == whole
+
+
+def test_a_second_conversion_into_one_target_is_refused(sharded: Path, tmp_path: Path) -> None:
+    target, refused = tmp_path / "out", []
+
+    def second(file: str, done: int) -> None:
+        if not refused:
+            # A lock belongs to an open file: this thread's second one is as another process's.
+            with pytest.raises(ValueError, match="another conversion is writing there; wait"):
+                convert(sharded, target, FP4)
+            arguments = ["convert", str(sharded), str(target), "--quiet"]
+            found = CliRunner().invoke(app, arguments).exception
+            assert isinstance(found, ValueError)
+            assert "another conversion is writing there" in str(found)
+            refused.append(file)
+
+    convert(sharded, target, FP4, progress=second)
+    assert refused
+    assert contents(target) == contents(convert(sharded, tmp_path / "alone", FP4))
+    assert convert(sharded, target, FP4) == target
+
+
+def test_a_lock_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"wanted a directory with config\.json"):
+        convert(tmp_path / "absent", tmp_path / "out", FP4)
+    assert not (tmp_path / "out").exists()
+
+    def unknown(descriptor: int, what: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    with sole_writer(tmp_path / "out"):
+        (tmp_path / "out" / "file").write_text("kept")
+    assert (tmp_path / "out" / "file").is_file()
 
 
 def test_the_error_of_rounding_is_told(release: Path, tmp_path: Path) -> None:

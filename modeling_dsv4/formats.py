@@ -380,12 +380,12 @@ class WeightFormat:
         name: what configs call it.
         bits: of one code, scales not counted.
         group: weights that share a scale along a row.
-        parts: shape of a weight to {suffix of the tensor's name: (dtype, shape)}. The part with
-            the empty suffix holds the codes; rows are the last axis but one of every part, and
-            leading axes stack.
+        parts: shape of a weight to {suffix of the tensor's name: (dtype, shape)}. Codes have no
+            suffix; rows are the last axis but one of every part, and leading axes stack.
         pack: weight to {suffix: tensor}, rounding.
         unpack: ({suffix: tensor}, dtype) to the weight.
         row_block: rows that share scales, hence rows of codes per row of every other part.
+        tables: checksum of learned tables that codes point into; 0 where there are none.
     """
 
     name: str
@@ -395,6 +395,7 @@ class WeightFormat:
     pack: Callable[[torch.Tensor], dict[str, torch.Tensor]]
     unpack: Callable[[Parts, torch.dtype], torch.Tensor]
     row_block: int = 1
+    tables: int = 0
 
     def unpack_rows(self, parts: Parts, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows start to stop of the weight [..., out, in]; reads only the blocks they lie in."""

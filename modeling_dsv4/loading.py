@@ -135,7 +135,8 @@ class PretrainedLoading(_Base):
             held = {}
             if hasattr(module, "memory_bytes"):
                 held = module.memory_bytes()
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            for tensor in (*own, *quantization_state(module)):
                 tier = str(tensor.device)
                 # A tensor split over processes counts with the part that is here.
                 here = tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -161,6 +162,21 @@ class PretrainedLoading(_Base):
                     total[key] = total.get(key, 0) + value
         counts = getattr(getattr(self, "mtp", None), "counts", None)
         return total | (counts.stats() if counts is not None and counts.passes else {})
+
+
+def quantization_state(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Scales and tables that bitsandbytes keeps beside a weight, as no parameter and no buffer.
+
+    4 bits: `weight.quant_state`, with a second state inside if the scales are quantized too; 8
+    bits: `weight.SCB`, which the first evaluation moves to `state.SCB`.
+    """
+    weight = getattr(module, "weight", None)
+    found = [getattr(weight, "SCB", None), getattr(getattr(module, "state", None), "SCB", None)]
+    state = getattr(weight, "quant_state", None)
+    while state is not None:
+        found += [state.absmax, state.code, state.offset]
+        state = state.state2
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 
 def _read_config(

@@ -2,15 +2,16 @@
 """Where the bits go: a format for every expert's projections, the least error under a byte budget.
 
 The error of an expert is its share of what the layer puts out, times how much of an output is wrong
-in each format; the latter is measured in one expert a layer, on rows of its weights and on inputs
-of the calibration (or on random ones, without). Every layer counts the same. What is left is one
-option for each expert: along the convex hull of its options, the steps that gain most for a byte
-are taken first.
+in each format; the latter is the mean of three experts a layer, the most, the middle and the least
+used, on rows of their weights and on inputs of the calibration (or on random ones, without). Every
+layer counts the same. What is left is one option for each expert: along the convex hull of its
+options, the steps that gain most for a byte are taken first.
 """
 
 import heapq
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from modeling_dsv4.formats import get_format
 
 from .calibration import Calibration
 from .config import Recipe
-from .pack import RecordLayout
+from .pack import PROJECTIONS, RecordLayout
 from .sizes import format_size
 from .source import ExpertsSource, Source
 from .trellis import TRELLISES
@@ -103,7 +104,7 @@ def choose_recipe(
 ) -> Recipe:
     """Choose a format for every expert of a source, under a budget for all expert records.
 
-    One expert of each layer is read. Where the source's experts are in a release's format, that
+    A few experts of each layer are read. Where the source's experts are in a release's format, that
     format, which loses nothing, is one of the options.
 
     Args:
@@ -124,7 +125,7 @@ def choose_recipe(
         known = calibration if calibration and name in calibration.modules else None
         count = experts.num_experts
         share = known.share(name) if known else torch.full((count,), 1 / count)
-        wrong = _measure(source, experts, known)
+        wrong = measure(source, experts, known)
         pairs = [(g, d) for g in wrong["gate_up_proj"] for d in wrong["down_proj"]]
         lost = [wrong["gate_up_proj"][g] + wrong["down_proj"][d] for g, d in pairs]
         options[name] = pairs
@@ -154,21 +155,35 @@ def _rules(name: str, pairs: Sequence[Pair]) -> list[tuple[str, str]]:
     return [*rules, (f"{name}.*down_proj", common[1]), (f"{name}.*gate_up_proj", common[0])]
 
 
-def _measure(source: Source, experts: ExpertsSource, known: Calibration | None) -> Sensitivity:
+def measure(source: Source, experts: ExpertsSource, known: Calibration | None) -> Sensitivity:
     """Share of a layer's output that is wrong in each format, by projection."""
-    expert = int(known.share(experts.name).argmax()) if known else 0
     held = experts.weight_format
-    gate_up, down = (
-        parts[""].float() if held is None else held.unpack(parts, torch.float32)
-        for parts in source.expert(experts.name, expert).values()
-    )
     x = known.sample(experts.name) if known else _random_inputs(source, experts.name)
     formats = [*TRELLISES, _WIDEST if held is None else held.name]
-    wrong = sensitivity(gate_up, down, x, source.config.swiglu_limit, formats)
+    found: list[Sensitivity] = []
+    for expert in measured_experts(experts, known):
+        gate_up, down = (
+            parts[""].float() if held is None else held.unpack(parts, torch.float32)
+            for parts in source.expert(experts.name, expert).values()
+        )
+        found.append(sensitivity(gate_up, down, x, source.config.swiglu_limit, formats))
+    wrong = {
+        projection: {name: mean(one[projection][name] for one in found) for name in formats}
+        for projection in PROJECTIONS
+    }
     if held is not None:
-        for found in wrong.values():
-            found[held.name] = 0.0
+        for errors in wrong.values():
+            errors[held.name] = 0.0
     return wrong
+
+
+def measured_experts(experts: ExpertsSource, known: Calibration | None) -> list[int]:
+    """The most, the middle and the least used expert; without calibration, some of all."""
+    count = experts.num_experts
+    order = list(range(count))
+    if known is not None:
+        order = known.share(experts.name).argsort(descending=True, stable=True).tolist()
+    return list(dict.fromkeys((order[0], order[count // 2], order[-1])))
 
 
 def _random_inputs(source: Source, name: str) -> torch.Tensor:

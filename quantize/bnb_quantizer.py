@@ -27,6 +27,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from modeling_dsv4.formats import get_format
+from modeling_dsv4.loading import quantization_state
 from modeling_dsv4.moe import Dsv4Experts
 from modeling_dsv4.safetensors_file import read_index
 
@@ -214,13 +215,14 @@ def describe(model: nn.Module) -> str:
     import bitsandbytes
 
     kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    sizes = dict.fromkeys(("experts", "linear maps"), 0)
+    sizes = dict.fromkeys(("experts", "linear maps", "state"), 0)
     stays: dict[str, int] = {}
     for path, module in model.named_modules():
         if isinstance(module, StoredExperts):
             sizes["experts"] += module.layout.nbytes
         elif isinstance(module, kinds):
             sizes["linear maps"] += module.weight.nbytes
+            sizes["state"] += sum(tensor.nbytes for tensor in quantization_state(module))
         else:
             for parameter in module.parameters(recurse=False):
                 name = path.rpartition(".")[2]
@@ -229,8 +231,8 @@ def describe(model: nn.Module) -> str:
     named = ", ".join(f"{name} {format_size(stays[name])}" for name in largest)
     return (
         f"experts in packs: {format_size(sizes['experts'])}; linear maps by bitsandbytes: "
-        f"{format_size(sizes['linear maps'])}; stays as stored: "
-        f"{format_size(sum(stays.values()))} (most of it {named})"
+        f"{format_size(sizes['linear maps'])} and {format_size(sizes['state'])} of scales and "
+        f"tables; stays as stored: {format_size(sum(stays.values()))} (most of it {named})"
     )
 
 

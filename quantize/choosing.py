@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 
+from modeling_dsv4.safetensors_file import read_index
+
 from .allocation import choose_recipe
 from .calibration import Calibration, calibrate, token_batches
 from .checksums import Checksums, write_text
 from .config import Recipe, get_recipe
+from .convert import check_space
 from .encode import Statistics
 from .job import plan_job
+from .memory import available_memory
 from .origin import STAGING
 from .sizes import format_size
 from .source import Source, small_bytes
@@ -35,14 +39,14 @@ class Wish:
     """What a user asks a conversion for.
 
     Attributes:
-        recipe: its name, unless a size is asked for.
+        recipe: its name, unless a size is asked for; None is fp4 then.
         bits: of a weight of the routed experts on average, scales and all.
         target_size: bytes of the whole target.
         calibrate: a text, or statistics that were gathered before (.safetensors).
         model: runs over the text; None is the source.
     """
 
-    recipe: str = "fp4"
+    recipe: str | None = None
     bits: float | None = None
     target_size: int | None = None
     calibrate: Path | None = None
@@ -51,19 +55,45 @@ class Wish:
     def __post_init__(self) -> None:
         if self.bits is not None and self.target_size is not None:
             raise ValueError("wanted --bits or --target-size, got both; leave one out")
+        if self.sized and self.recipe is not None:
+            raise ValueError(
+                f"wanted formats by name or by size, got --recipe {self.recipe} beside a size; "
+                "leave --recipe out, or --bits and --target-size"
+            )
+        if self.model is not None and (self.calibrate is None or self.gathered):
+            got = "no text" if self.calibrate is None else f"statistics ({self.calibrate})"
+            raise ValueError(
+                f"--calibrate-model: wanted a text that {self.model} runs over, got {got}; give "
+                "one by --calibrate, or leave --calibrate-model out"
+            )
         if self.calibrate is not None and not self.calibrate.is_file():
             raise ValueError(f"{self.calibrate}: wanted a text to calibrate with, found no file")
 
     @property
+    def sized(self) -> bool:
+        """Formats are to be chosen for a size."""
+        return self.bits is not None or self.target_size is not None
+
+    @property
+    def gathered(self) -> bool:
+        """Statistics are there already."""
+        return self.calibrate is not None and self.calibrate.suffix == ".safetensors"
+
+    @property
     def plain(self) -> bool:
         """Nothing has to be chosen or gathered."""
-        return self.bits is None and self.target_size is None and self.calibrate is None
+        return not self.sized and self.calibrate is None
+
+    @property
+    def named(self) -> Recipe:
+        """The recipe asked for by name, by which sizes are reckoned until another is chosen."""
+        return get_recipe(self.recipe or "fp4")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data by which a later run knows the same wish again."""
         text = None if self.calibrate is None else _checksum(self.calibrate)
         sizes = {"bits": self.bits, "target_size": self.target_size}
-        return {"recipe": self.recipe, **sizes, "calibrate": text}
+        return {"recipe": self.recipe or "fp4", **sizes, "calibrate": text}
 
 
 @dataclass(frozen=True)
@@ -85,21 +115,27 @@ def settle(wish: Wish, source: Source, target: Path, tell: Tell | None = None) -
     """Gather statistics and choose a recipe, or take up what an earlier run did.
 
     Raises:
-        ValueError: a budget below what the smallest formats take, a source on the Hub.
+        ValueError: a budget below what the smallest formats take, a source on the Hub that would
+            have to be read for it, a disk or memory that is too small.
     """
     if wish.plain:
-        return Settled(get_recipe(wish.recipe))
+        return Settled(wish.named)
     tell = tell or (lambda line: None)
     data, staging = wish.to_dict(), target / STAGING
     sums = Checksums.load(target) if target.is_dir() else None
     if sums is not None and sums.complete and sums.job.get("wish") == data:
         return Settled(Recipe.from_dict(sums.job["recipe"]), data)
-    if source.origin.fetched:
+    alone = wish.calibrate is not None and not wish.gathered and wish.model is None
+    if source.origin.fetched and (wish.sized or alone):
+        name = source.origin.name
         raise ValueError(
-            f"{source.origin.name}: wanted a directory to choose or calibrate by, got a repository "
-            "whose shards come one by one; fetch it first, or name a recipe"
+            f"{name}: wanted a directory to choose or calibrate by, got a repository whose shards "
+            f"come one by one; run hf download {name} --local-dir DIR and convert DIR, or name a "
+            "recipe (--recipe q3), with statistics gathered before if it is to be calibrated"
         )
     kept = _read_choice(staging, data)
+    if kept is None:
+        _check_room(wish, source, target, sums)
     calibration = None
     if wish.calibrate is not None:
         path = _gather(wish, source, staging, kept is not None, tell)
@@ -126,15 +162,16 @@ def _read_choice(staging: Path, wish: dict[str, Any]) -> Recipe | None:
 def _gather(wish: Wish, source: Source, staging: Path, again: bool, tell: Tell) -> Path:
     """Statistics of the wish's text; `again` trusts those that lie in the target."""
     assert wish.calibrate is not None
-    if wish.calibrate.suffix == ".safetensors":
+    if wish.gathered:
         return wish.calibrate
     path = staging / _CALIBRATION
     if again and path.is_file():
         return path
+    directory = wish.model or source.directory
+    _check_memory(directory, statistics_bytes(source))
     # Imported when needed: loading a model registers what it needs with transformers.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    directory = wish.model or source.directory
     tell(f"calibrating: {directory} over {wish.calibrate}")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
@@ -144,9 +181,43 @@ def _gather(wish: Wish, source: Source, staging: Path, again: bool, tell: Tell) 
     return path
 
 
+def _check_room(wish: Wish, source: Source, target: Path, sums: Checksums | None) -> None:
+    """Refuse a disk that is too small before hours of work; by sizes that are not exceeded."""
+    job = plan_job(source, wish.named)
+    more = 0
+    if wish.sized:
+        more = _budget(wish, source) - sum(layout.nbytes for _, layout in job.packs.values())
+        # Where shards go meanwhile, smaller records need not make the fullest moment smaller.
+        more = more if source.origin.keeps else max(more, 0)
+    if wish.calibrate is not None and not wish.gathered:
+        more += statistics_bytes(source)
+    check_space(source, job, sums or Checksums({}), target, more)
+
+
+def statistics_bytes(source: Source) -> int:
+    """What calibration gathers takes, in memory and then on the disk."""
+    d, f = source.config.hidden_size, source.config.moe_intermediate_size
+    matrices = sum(d * d + f * f + e.num_experts * (d + f) for e in source.experts.values())
+    return 4 * matrices
+
+
+def _check_memory(directory: Path, statistics: int) -> None:
+    """Refuse a model whose weights would not fit; experts in packs may stay on the disk."""
+    # The index names no packs.
+    weights = sum(path.stat().st_size for path in set(read_index(directory).values()))
+    wanted, free = weights + statistics, available_memory()
+    if wanted > free:
+        raise ValueError(
+            f"{directory}: wanted {format_size(wanted)} of memory to calibrate with it "
+            f"({format_size(weights)} of weights, {format_size(statistics)} of statistics), got "
+            f"{format_size(free)}; convert it by --recipe fp4 first and give that as "
+            "--calibrate-model: its experts stay on the disk"
+        )
+
+
 def _choose(wish: Wish, source: Source, calibration: Calibration | None, tell: Tell) -> Recipe:
-    if wish.bits is None and wish.target_size is None:
-        return get_recipe(wish.recipe)
+    if not wish.sized:
+        return wish.named
     budget = _budget(wish, source)
     tell(f"choosing formats for {format_size(budget)} of experts")
     return choose_recipe(source, budget, calibration, lambda name: tell(f"measured {name}"))

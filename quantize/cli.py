@@ -91,7 +91,9 @@ def convert(
         str, typer.Argument(metavar="SRC", help="Model directory in any layout, or OWNER/NAME.")
     ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="New directory.")],
-    recipe: Annotated[str, typer.Option(help="Formats of the routed experts.")] = "fp4",
+    recipe: Annotated[
+        str, typer.Option(help="Formats of the routed experts; fp4 unless a size is given.")
+    ] = "",
     bits: Annotated[
         float | None, typer.Option(help="Bits of an expert's weight on average; formats by error.")
     ] = None,
@@ -122,31 +124,36 @@ def convert(
     """
     from . import convert as work
     from .choosing import Wish, settle
-    from .config import get_recipe
     from .encode import check_device
     from .forecast import forecast
+    from .target import sole_writer
 
     check_device(device)
     size = parse_size(target_size) if target_size else None
-    wish = Wish(recipe, bits, size, calibrate, calibrate_model)
+    wish = Wish(recipe or None, bits, size, calibrate, calibrate_model)
     shard, silent = parse_size(max_shard_size), quiet or as_json
     tell = _errors.print if not silent else None
-    named, asked = (get_recipe(recipe), None) if wish.plain else (None, wish.to_dict())
-    opened = work.open_source(source, target, named, shard, delete_source_shards, asked)
-    if opened is None:
-        if not quiet:
-            typer.echo(json.dumps({"target": str(target)}) if as_json else f"{target}: complete")
-        return
-    settled = settle(wish, opened, target, tell)
-    chosen = settled.recipe
-    job = work.plan_job(opened, chosen, shard)
-    if not silent:
-        _show_forecast(forecast(opened, job, target, settled.statistics, device), _errors)
-    with _bar(job.nbytes, silent) as (advance, tell_error):
-        options = work.Options(
-            delete_source_shards, progress=advance, tell_error=tell_error, device=device
-        )
-        work.convert(source, target, chosen, shard, None, options, settled.statistics, settled.wish)
+    named, asked = (wish.named, None) if wish.plain else (None, wish.to_dict())
+    with sole_writer(target):
+        opened = work.open_source(source, target, named, shard, delete_source_shards, asked)
+        if opened is None:
+            if not quiet:
+                typer.echo(
+                    json.dumps({"target": str(target)}) if as_json else f"{target}: complete"
+                )
+            return
+        settled = settle(wish, opened, target, tell)
+        chosen = settled.recipe
+        job = work.plan_job(opened, chosen, shard)
+        if not silent:
+            _show_forecast(forecast(opened, job, target, settled.statistics, device), _errors)
+        with _bar(job.nbytes, silent) as (advance, tell_error):
+            options = work.Options(
+                delete_source_shards, progress=advance, tell_error=tell_error, device=device
+            )
+            work.convert_alone(
+                source, target, chosen, shard, options, settled.statistics, settled.wish
+            )
     if as_json:
         data = {"target": str(target), "recipe": chosen.to_dict(), "bytes": job.nbytes}
         typer.echo(json.dumps({**data, "packs": len(job.packs), "shards": len(job.shards)}))

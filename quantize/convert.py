@@ -30,15 +30,16 @@ from .checksums import FILE as CHECKSUMS
 from .checksums import Checksums, copy_file, write_text
 from .config import METHOD, Recipe
 from .dense import part_tiles, table_tiles
+from .direct import aligned_zeros
 from .encode import Statistics, encode_expert, keeps_bytes
 from .hub import HubOrigin, is_repository
 from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, peak_disk, plan_job
-from .origin import STAGING, LocalOrigin, remains
+from .origin import STAGING, LocalOrigin, freed, remains
 from .pack import PROJECTIONS, RecordLayout
 from .sizes import format_size
 from .source import Source, small_bytes, small_files
 from .tables import blocks
-from .target import Target, sync_directory
+from .target import Target, sole_writer, sync_directory
 
 Progress = Callable[[str, int], None]
 # Of a dense tensor, what is in memory at a time.
@@ -93,11 +94,25 @@ def convert(
         wish: what else the result depends on, by which a later call knows it again.
 
     Raises:
-        ValueError: unusable source, a target that holds something else, a full disk.
+        ValueError: unusable source, a target that holds something else or that another process
+            is writing, a full disk.
         OSError: a file of the source that cannot be read.
     """
-    target = Path(target)
-    options = options or Options(progress=progress)
+    target, options = Path(target), options or Options(progress=progress)
+    with sole_writer(target):
+        return convert_alone(source, target, recipe, max_shard_size, options, statistics, wish)
+
+
+def convert_alone(
+    source: str | Path,
+    target: Path,
+    recipe: Recipe,
+    max_shard_size: int,
+    options: Options,
+    statistics: Statistics | None = None,
+    wish: Mapping[str, Any] | None = None,
+) -> Path:
+    """Convert as `convert` does, for who holds the target by `sole_writer`."""
     deleted = options.delete_source_shards
     opened = open_source(source, target, recipe, max_shard_size, deleted, wish)
     if opened is None:
@@ -106,7 +121,7 @@ def convert(
     job = plan_job(opened, recipe, max_shard_size)
     identity = {"wish": dict(wish)} if wish else {}
     sums = _open_sums(opened, target, recipe, max_shard_size, identity)
-    _check_space(opened, job, sums, target)
+    check_space(opened, job, sums, target)
     # What was whole once may have been damaged since.
     sums.complete = sums.complete and all(sums.has(target / name) for name in sums.files)
     opened.origin.prepare()
@@ -220,15 +235,15 @@ def _open_sums(
     return sums if sums is not None else Checksums(job)
 
 
-def _check_space(source: Source, job: Job, sums: Checksums, target: Path) -> None:
+def check_space(source: Source, job: Job, sums: Checksums, target: Path, more: int = 0) -> None:
+    """Refuse a disk without room for what is left to write, and `more` bytes; ValueError."""
     origin = source.origin
     done = sum(s.nbytes for name, s in sums.files.items() if sums.has(target / name))
     for name, keys in sums.done.items():
         done += sum(item.nbytes for item in job.files[name].items if item.key in keys)
     # A megabyte covers config.json, the index and the checksums of any model.
-    wanted = space_wanted(source, job) - done + 2**20
-    where = next(path for path in (target, *target.absolute().parents) if path.exists())
-    free = shutil.disk_usage(where).free
+    wanted = space_wanted(source, job, target) - done + more + 2**20
+    free = shutil.disk_usage(_existing(target)).free
     if wanted > free:
         raise ValueError(
             f"{target}: wanted {format_size(wanted)} of free disk, got {format_size(free)}; "
@@ -237,10 +252,19 @@ def _check_space(source: Source, job: Job, sums: Checksums, target: Path) -> Non
         )
 
 
-def space_wanted(source: Source, job: Job) -> int:
-    """Bytes of free disk that a conversion wants at most."""
+def _existing(target: Path) -> Path:
+    """The target, or the nearest directory above it that is there."""
+    return next(path for path in (target, *target.absolute().parents) if path.exists())
+
+
+def space_wanted(source: Source, job: Job, target: Path) -> int:
+    """Bytes of free disk that a conversion into `target` wants at most."""
     origin = source.origin
-    peak = peak_disk(job, origin.sizes, origin.fetched, not origin.keeps and not origin.fetched)
+    deleted, frees = not origin.keeps and not origin.fetched, None
+    if deleted:
+        device = _existing(target).stat().st_dev
+        frees = {shard: freed(source.directory / shard, device) for shard in origin.sizes}
+    peak = peak_disk(job, origin.sizes, origin.fetched, deleted, frees)
     return peak + small_bytes(source.directory)
 
 
@@ -384,7 +408,7 @@ class _Told:
         """This thread's record, zeros where a layout has no field."""
         if getattr(self._own, "layout", None) != layout:
             self._own.layout = layout
-            self._own.record = torch.zeros(layout.nbytes, dtype=torch.uint8)
+            self._own.record = aligned_zeros(layout.nbytes)
         return self._own.record
 
     def progress(self, file: str, done: int) -> None:

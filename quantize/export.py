@@ -3,6 +3,7 @@
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from .source import small_files
 from .tables import TableFile, table_file_name, table_of
 
 Progress = Callable[[str, int], None]
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -148,7 +150,7 @@ def export_official(
     config = model.release_config(*found)
     settings = official_config(config)
     wanted = {piece.official: piece for piece in pieces(config)}
-    _prepare(output)
+    beside = _prepare(output, {path.name for path in small_files(model.directory)})
     index: dict[str, str] = {}
     shards = _fill_shards(wanted, max_shard_size)
     for number, names in enumerate(shards, 1):
@@ -161,23 +163,34 @@ def export_official(
                 progress(file, tensor.nbytes)
             return tensor
 
-        beside = output / f"{file}.partial"
-        write_file(beside, entries, get)
-        beside.replace(output / file)
+        write_file(beside / file, entries, get)
         index |= dict.fromkeys(names, file)
     for path in small_files(model.directory):
-        shutil.copyfile(path, output / path.name)
+        shutil.copyfile(path, beside / path.name)
     total = sum(entry_bytes((p.dtype, p.shape)) for p in wanted.values())
     text = {"metadata": {"total_size": total}, "weight_map": index}
-    write_text(output / INDEX, json.dumps(text, indent=2))
-    write_text(output / "config.json", json.dumps(settings, indent=2))
+    write_text(beside / INDEX, json.dumps(text, indent=2))
+    write_text(beside / "config.json", json.dumps(settings, indent=2))
+    # Takes the place of an empty directory as well.
+    beside.replace(output)
     return output
 
 
-def _prepare(output: Path) -> None:
+def _prepare(output: Path, small: set[str]) -> Path:
+    """Make the directory beside `output` that gets its name in the end, without leftovers."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: wanted a new or empty directory, got something else")
-    output.mkdir(parents=True, exist_ok=True)
+    beside = output.absolute().with_name(f"{output.absolute().name}.partial")
+    found = {path.name for path in beside.iterdir()} if beside.is_dir() else set()
+    own = small | {name + end for name in (INDEX, "config.json") for end in ("", ".tmp")}
+    if strange := sorted(name for name in found - own if not _SHARD.fullmatch(name)):
+        raise ValueError(
+            f"{beside}: wanted what an export that was stopped left, got {strange[0]} in it; "
+            "remove it, or give another OUT"
+        )
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    return beside
 
 
 def _fill_shards(wanted: dict[str, Piece], limit: int) -> list[list[str]]:

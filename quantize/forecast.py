@@ -65,7 +65,7 @@ def forecast(
     """Add up headers, and try an expert of each kind on the device that will round."""
     where = next(path for path in (target, *target.absolute().parents) if path.is_dir())
     parts = (*_expert_parts(source, job), *_dense_parts(source, job))
-    disk, free = space_wanted(source, job), shutil.disk_usage(where).free
+    disk, free = space_wanted(source, job, target), shutil.disk_usage(where).free
     return Forecast(parts, disk, free, _seconds(source, job, where, statistics, device))
 
 

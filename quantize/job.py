@@ -178,15 +178,23 @@ def last_uses(steps: Iterable[Iterable[Item]]) -> dict[str, int]:
     return last
 
 
-def peak_disk(job: Job, shards: dict[str, int], fetched: bool, deleted: bool) -> int:
-    """Bytes of free disk that a conversion wants at most, where source and target share one.
+def peak_disk(
+    job: Job,
+    shards: dict[str, int],
+    fetched: bool,
+    deleted: bool,
+    frees: Mapping[str, int] | None = None,
+) -> int:
+    """Bytes of free disk that a conversion wants at most on the target's file system.
 
     Args:
         job: what is written.
         shards: {shard of the source: bytes}.
         fetched: shards come one by one, and are there from their step to their last use.
         deleted: shards are there, and go after their last use.
+        frees: bytes that each gives back there by going; None is all of each.
     """
+    frees = shards if frees is None else frees
     if not fetched and not deleted:
         return job.nbytes
     steps = job.steps(sorted(shards))
@@ -196,6 +204,6 @@ def peak_disk(job: Job, shards: dict[str, int], fetched: bool, deleted: bool) ->
         used += shards[shard] if fetched else 0
         used += sum(item.nbytes for item in items)
         peak = max(peak, used)
-        used -= sum(shards[s] for s in shards if last.get(s, 0) == number)
+        used -= sum(frees[s] for s in shards if last.get(s, 0) == number)
     # Headers and tables of checksums are written with the files' ends.
     return peak + job.nbytes - sum(i.nbytes for f in job.files.values() for i in f.items)

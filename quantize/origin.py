@@ -7,6 +7,7 @@ target's `.source` until the conversion is complete, so that it can continue wit
 
 import json
 import os
+import stat
 import zlib
 from functools import cached_property
 from pathlib import Path
@@ -130,6 +131,22 @@ class LocalOrigin:
 
     def _path(self, shard: str) -> Path:
         return self.directory / shard
+
+
+def freed(path: Path, device: int) -> int:
+    """Bytes that a file system gets back when a name is removed.
+
+    None of a link, of a file that has other names, or of one that lies elsewhere.
+
+    Args:
+        path: the name.
+        device: number of the file system (`st_dev`).
+    """
+    if not path.is_file():
+        return 0
+    found = path.lstat()
+    alone = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+    return found.st_size if alone and found.st_dev == device else 0
 
 
 def remains(directory: Path) -> dict[str, Any]:

@@ -139,10 +139,13 @@ class RecordLayout:
              "offset": f.offset}
             for f in self.fields
         ]  # fmt: skip
+        found = {name: get_format(name).tables for _, name in self.formats}
+        tables = {name: checksum for name, checksum in found.items() if checksum}
         return {
             "formats": dict(self.formats),
             "fields": fields,
             "record_bytes": self.nbytes,
+            **({"tables": tables} if tables else {}),
         }
 
     @classmethod
@@ -159,6 +162,13 @@ class RecordLayout:
                 raise ValueError(f"expert pack: field {f} reaches beyond its record")
             fields.append(field)
         formats = tuple((p, data["formats"][p]) for p in PROJECTIONS)
+        # Packs of before tables had checksums have none, and the tables of today.
+        for name, checksum in data.get("tables", {}).items():
+            if checksum != (known := get_format(name).tables):
+                raise ValueError(
+                    f"wanted codes of {name} for tables with checksum {known}, got {checksum}; "
+                    "install the release of dsv4 that wrote it, or convert again"
+                )
         return cls(formats, tuple(fields), data["record_bytes"])
 
 

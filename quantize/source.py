@@ -24,8 +24,8 @@ from modeling_dsv4.weight_map import (
     release_storage,
 )
 
+from .direct import Direct
 from .origin import LocalOrigin, Origin
-from .pack import read_exactly
 
 Entry = tuple[str, tuple[int, ...]]
 _FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
@@ -85,6 +85,7 @@ class Source:
     def __init__(self, source: str | Path | Origin) -> None:
         self.origin = LocalOrigin(source) if isinstance(source, str | Path) else source
         self.directory = self.origin.directory
+        self._direct = Direct()
         self.config = Dsv4Config.from_pretrained(self.directory)
         stored = getattr(self.config, "quantization_config", None) or {}
         if stored and stored.get("quant_method") != "dsv4_release":
@@ -183,9 +184,7 @@ class Source:
 
     def read_into(self, place: Slice, view: memoryview, skip: int = 0) -> None:
         """Fill a view with a slice's bytes from `skip` on; OSError if the file ends before them."""
-        path = self.origin.fetch(place.shard)
-        with path.open("rb", buffering=0) as file:
-            read_exactly(path, file.fileno(), view, place.start + skip)
+        self._direct.read(self.origin.fetch(place.shard), view, place.start + skip)
 
     def _find_files(self) -> dict[str, Path]:
         """{tensor: shard}; the index counts even if shards that it names are gone by now."""

@@ -6,18 +6,23 @@ which is saved after the bytes and never before; a run that was killed loses wha
 file with all its items is renamed, and from then on has the size and header that it was given.
 """
 
+import fcntl
+import logging
 import os
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 
 from .checksums import Checksums, FileSums, span_checksum
+from .direct import Direct, open_direct
 from .job import Item, Job, TargetFile
 from .pack import PackFile, pack_trailer, write_exactly
 
 _COMMIT_SECONDS = 20.0
+_LOG = logging.getLogger(__name__)
 
 
 class Target:
@@ -34,6 +39,9 @@ class Target:
         self.job = job
         self.sums = sums
         self._descriptors: dict[str, int] = {}
+        # Of the same files, past the page cache where the file system can.
+        self._past_cache: dict[str, int | None] = {}
+        self._direct = Direct()
         self._touched: set[str] = set()
         self._lock = Lock()
         self._committed = time.monotonic()
@@ -53,7 +61,8 @@ class Target:
 
     def write(self, item: Item, view: memoryview, skip: int = 0) -> None:
         """Write bytes of an item from `skip` on; any thread may."""
-        write_exactly(self._descriptor(item.file), view, item.start + skip)
+        plain, direct = self._descriptor(item.file), self._past_cache[item.file]
+        self._direct.write(plain, direct, view, item.start + skip)
 
     def finish(self, item: Item, checksum: int) -> None:
         """Hear that all bytes of an item are written; makes them durable from time to time."""
@@ -80,7 +89,7 @@ class Target:
         self.sums.save(self.directory)
         for name in complete:
             self._partial(name).replace(self.directory / name)
-            os.close(self._descriptors.pop(name))
+            self._close(name)
             self._take_up(name)
         if complete:
             sync_directory(self.directory)
@@ -109,8 +118,13 @@ class Target:
 
     def close(self) -> None:
         """Close all files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        for name in list(self._descriptors):
+            self._close(name)
+
+    def _close(self, name: str) -> None:
+        for descriptor in (self._descriptors.pop(name), self._past_cache.pop(name, None)):
+            if descriptor is not None:
+                os.close(descriptor)
 
     def _checksums(self, name: str) -> dict[str, int]:
         if name not in self.sums.files:
@@ -153,11 +167,53 @@ class Target:
                 flags = os.O_RDWR | os.O_CREAT
                 descriptor = os.open(self._partial(name), flags, 0o644)
                 self._descriptors[name] = descriptor
+                self._past_cache[name] = open_direct(self._partial(name), os.O_RDWR)
                 file = self.job.files[name]
                 if os.fstat(descriptor).st_size != file.nbytes:
                     os.ftruncate(descriptor, file.nbytes)
                 write_exactly(descriptor, file.header, 0)
             return self._descriptors[name]
+
+
+@contextmanager
+def sole_writer(directory: Path) -> Iterator[None]:
+    """Keep other conversions out of a target while this one writes.
+
+    The lock is on the directory itself, so that nothing is left of it; the kernel releases it when
+    the process ends, however that happens. A file system without locks goes without. A directory
+    that was made for it and stayed empty is removed.
+
+    Raises:
+        ValueError: another process is writing there.
+    """
+    made = not directory.exists()
+    if made:
+        directory.mkdir(parents=True, exist_ok=True)
+    if not directory.is_dir():
+        # The conversion says what is wrong with it.
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        _lock(directory, descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+        if made:
+            with suppress(OSError):
+                directory.rmdir()
+
+
+def _lock(directory: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"{directory}: another conversion is writing there; wait for its end and run the "
+            "command again, or give another directory"
+        ) from None
+    except OSError as error:
+        _LOG.warning("%s: no lock against a second conversion (%s)", directory, error.strerror)
 
 
 def sync_directory(directory: Path) -> None:

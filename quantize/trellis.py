@@ -19,6 +19,7 @@ size, for which the table is made and one bfloat16 scale a row is enough.
 import ctypes
 import functools
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,12 @@ def _table(bits: int, device: torch.device) -> torch.Tensor:
     return table.to(device)
 
 
+def table_checksum(bits: int) -> int:
+    """Checksum of all that codes are read with: the table, its step, window and rotation."""
+    numbers = f"{WINDOW} {_STEP} {BLOCK}".encode()
+    return zlib.crc32(bytes.fromhex(TABLES[bits]), zlib.crc32(numbers))
+
+
 def block_size(k: int) -> int:
     """Weights that are rotated together in rows of k."""
     block = math.gcd(k, BLOCK)
@@ -254,6 +261,7 @@ def _trellis_format(name: str, trellis: Trellis) -> WeightFormat:
         parts=trellis.parts,
         pack=trellis.pack,
         unpack=trellis.unpack,
+        tables=table_checksum(trellis.bits),
     )
 
 

@@ -166,6 +166,31 @@ def test_what_stays_is_said_with_bytes(plain: Path, caplog: pytest.LogCaptureFix
     assert quantize.sizes.format_size(counted) in caplog.text
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_scales_beside_the_weights_are_counted(
+    plain: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    model = load(plain, kind)
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    beside = 0
+    for linear in linear_maps(model):
+        groups = linear.weight.numel() * 2 // 64
+        if kind == "int8":
+            beside += 4 * linear.out_features
+        elif kind == "nf4 twice":
+            # A byte for each group, a scale for 256 of them, two tables and the mean.
+            beside += groups + 4 * -(-groups // 256) + 4 * (16 + 256 + 1)
+        else:
+            beside += 4 * (groups + 16)
+    assert f"and {quantize.sizes.format_size(beside)} of scales and tables" in caplog.text
+    own = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    report = model.memory_report()
+    assert sum(sum(tiers.values()) for tiers in report.values()) == own + beside
+    logits(model)
+    assert model.memory_report() == report
+
+
 @pytest.mark.parametrize(
     ("source", "kind"),
     [*(("plain", kind) for kind in CONFIGS), ("packed", "nf4")],

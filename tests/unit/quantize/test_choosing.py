@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """A size is kept to, statistics change the rounding, and neither is worked out twice."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from modeling_dsv4.formats import get_format
-from quantize.calibration import calibrate
+from quantize.allocation import measure, measured_experts
+from quantize.calibration import Calibration, calibrate
 from quantize.checksums import Checksums, damages
-from quantize.choosing import Wish, settle
+from quantize.choosing import Wish, settle, statistics_bytes
 from quantize.config import Dsv4QuantizationConfig, Recipe, get_recipe
-from quantize.convert import convert, plan_job, space_wanted
+from quantize.convert import check_space, convert, plan_job, space_wanted
+from quantize.job import Job
 from quantize.pack import PROJECTIONS, PackFile
 from quantize.source import Source
 
@@ -54,9 +58,9 @@ def test_a_name_is_a_recipe_and_nothing_is_kept(release: Path, tmp_path: Path) -
 
 def test_a_size_includes_a_large_tokenizer(release: Path, tmp_path: Path) -> None:
     job = plan_job(Source(release), get_recipe("fp4"))
-    before = space_wanted(Source(release), job)
+    before = space_wanted(Source(release), job, tmp_path)
     (release / "tokenizer.json").write_text(" " * 3_000_000)
-    assert space_wanted(Source(release), job) == before + 3_000_000
+    assert space_wanted(Source(release), job, tmp_path) == before + 3_000_000
     wanted = job.nbytes - 12 * 4096 + 2**20 + 3_000_000
     settled = settle(Wish(target_size=wanted), Source(release), tmp_path / "out")
     got = plan_job(Source(release), settled.recipe).nbytes + 3_000_000 + 2**20
@@ -142,7 +146,108 @@ def test_wishes_that_cannot_be_met_are_refused(release: Path, tmp_path: Path) ->
         Wish(calibrate=tmp_path / "absent.txt")
     with pytest.raises(ValueError, match="wanted a budget of at least"):
         settle(Wish(bits=0.5), Source(release), tmp_path / "out")
-    source = Source(release)
+
+
+def test_options_that_would_be_ignored_are_refused(
+    release: Path, tmp_path: Path, statistics_file: Path
+) -> None:
+    for size in ({"bits": 3.0}, {"target_size": 10**6}):
+        with pytest.raises(ValueError, match="got --recipe q2 beside a size; leave --recipe out"):
+            Wish("q2", **size)
+    with pytest.raises(ValueError, match=r"--calibrate-model: .* got no text; give one by --cal"):
+        Wish("q2", model=release)
+    with pytest.raises(ValueError, match=r"--calibrate-model: .* got statistics \("):
+        Wish("q2", calibrate=statistics_file, model=release)
+    assert Wish().named == get_recipe("fp4")
+    assert Wish(bits=3.0).to_dict()["recipe"] == "fp4"
+
+
+def test_what_would_have_to_be_fetched_whole_is_refused(
+    release: Path, tmp_path: Path, statistics_file: Path
+) -> None:
+    source, text = Source(release), tmp_path / "text.txt"
+    text.write_text("a text")
     source.origin.fetched = True
-    with pytest.raises(ValueError, match="whose shards come one by one; fetch it first"):
-        settle(Wish(bits=4), source, tmp_path / "out")
+    for wish in (Wish(bits=4), Wish(calibrate=text), Wish(bits=4, calibrate=statistics_file)):
+        with pytest.raises(ValueError, match=r"run hf download \S+ --local-dir DIR and convert"):
+            settle(wish, source, tmp_path / "out")
+    settled = settle(Wish("q3", calibrate=statistics_file), source, tmp_path / "out")
+    assert settled.recipe == get_recipe("q3")
+    assert settled.statistics is not None
+
+
+def test_a_model_too_large_to_calibrate_with_is_refused(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics_file: Path
+) -> None:
+    source, text = Source(release), tmp_path / "text.txt"
+    text.write_text("a text")
+    assert 0 <= statistics_file.stat().st_size - statistics_bytes(source) < 10**5
+    weights = (release / "model.safetensors").stat().st_size
+    wanted = weights + statistics_bytes(source)
+    monkeypatch.setattr("quantize.choosing.available_memory", lambda: wanted - 1)
+    with pytest.raises(ValueError, match=r"by --recipe fp4 first and give that as --calibrate-m"):
+        settle(Wish("q3", calibrate=text), source, tmp_path / "out")
+    converted = convert(release, tmp_path / "fp4", get_recipe("fp4"))
+    loaded = []
+
+    def load(directory: Path) -> None:
+        loaded.append(directory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
+    with pytest.raises(KeyboardInterrupt):
+        settle(Wish("q3", calibrate=text, model=converted), source, tmp_path / "out")
+    assert loaded == [converted]
+
+
+@pytest.mark.parametrize("wish", [{"calibrate": True}, {"bits": 4.0}, {"target_size": 10**8}])
+def test_a_full_disk_is_told_before_the_work(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wish: dict[str, Any]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a text")
+    wanted = Wish(**({"recipe": "fp4", "calibrate": text} if "calibrate" in wish else wish))
+    source, asked = Source(release), []
+    usage = shutil.disk_usage(tmp_path)
+
+    def room(source: Source, job: Job, sums: Checksums, target: Path, more: int) -> None:
+        asked.append(space_wanted(source, job, target) + more)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=asked[0]))
+        check_space(source, job, sums, target, more)
+
+    def work(*_: object) -> None:
+        pytest.fail("it has begun to work")
+
+    for name in ("_gather", "choose_recipe"):
+        monkeypatch.setattr(f"quantize.choosing.{name}", work)
+    monkeypatch.setattr("quantize.choosing.check_space", room)
+    with pytest.raises(ValueError, match=r"of free disk, got .*; free some, or convert to another"):
+        settle(wanted, source, tmp_path / "out")
+    if wanted.target_size:
+        assert asked == [wanted.target_size - 2**20]
+    elif wanted.calibrate:
+        exact = space_wanted(source, plan_job(source, get_recipe("fp4")), tmp_path)
+        assert asked == [exact + statistics_bytes(source)]
+    else:
+        assert asked[0] < plan_job(source, get_recipe("fp4")).nbytes
+
+
+def test_experts_that_are_measured_are_used_differently(
+    release: Path, tmp_path: Path, statistics_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, known = Source(release), Calibration.load(statistics_file)
+    module = known.modules[0]
+    assert measured_experts(source.experts[module], None) == [0, 2, 3]
+    share = torch.tensor([0.2, 0.5, 0.1, 0.15])
+    monkeypatch.setattr(Calibration, "share", lambda self, name: share)
+    assert measured_experts(source.experts[module], known) == [1, 3, 2]
+    errors = iter((1.0, 2.0, 6.0))
+
+    def sensitivity(*arguments: Any) -> dict[str, dict[str, float]]:
+        error = next(errors)
+        return {p: dict.fromkeys(arguments[-1], error) for p in PROJECTIONS}
+
+    monkeypatch.setattr("quantize.allocation.sensitivity", sensitivity)
+    wrong = measure(source, source.experts[module], known)
+    assert wrong["down_proj"]["trellis3"] == wrong["gate_up_proj"]["trellis3"] == 3.0
+    assert wrong["down_proj"]["fp4"] == 0.0

@@ -60,6 +60,42 @@ def test_a_damaged_record_is_not_exported(release: Path, tmp_path: Path) -> None
     assert not (tmp_path / "back" / "config.json").exists()
 
 
+@pytest.mark.parametrize("stop", [1, 40, 80])
+def test_a_stopped_export_does_not_block_the_next(release: Path, tmp_path: Path, stop: int) -> None:
+    (release / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    target, calls = convert(release, tmp_path / "out", FP4), 0
+
+    def interrupt(file: str, done: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise KeyboardInterrupt
+
+    output = tmp_path / "back"
+    with pytest.raises(KeyboardInterrupt):
+        export_official(target, output, 500_000, interrupt)
+    assert not output.exists()
+    left = tmp_path / "back.partial"
+    (left / "tokenizer.json").write_text("half")
+    (left / "config.json.tmp").write_text("half")
+    output.mkdir()
+    export_official(target, output, 300_000)
+    whole = export_official(target, tmp_path / "whole", 300_000)
+    assert [p.name for p in sorted(output.iterdir())] == [p.name for p in sorted(whole.iterdir())]
+    for path in whole.iterdir():
+        assert (output / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not left.exists()
+
+
+def test_what_somebody_else_left_is_not_removed(release: Path, tmp_path: Path) -> None:
+    target, other = convert(release, tmp_path / "out", FP4), tmp_path / "back.partial"
+    other.mkdir()
+    (other / "thesis.txt").write_text("kept")
+    with pytest.raises(ValueError, match=r"got thesis.txt in it; remove it, or give another OUT"):
+        export_official(target, tmp_path / "back")
+    assert (other / "thesis.txt").read_text() == "kept"
+
+
 def test_a_release_or_a_full_directory_is_refused(release: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="wanted what dsv4-quantize convert wrote"):
         export_official(release, tmp_path / "back")

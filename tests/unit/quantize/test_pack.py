@@ -19,6 +19,7 @@ from quantize.pack import (
     RecordLayout,
     pack_file_name,
 )
+from quantize.trellis import TRELLIS2
 
 MakePack = Callable[..., tuple[PackFile, torch.Tensor]]
 
@@ -227,3 +228,15 @@ def test_a_damaged_record_is_not_read_resident(make_pack: MakePack) -> None:
     pack.path.write_bytes(raw)
     with pytest.raises(ValueError, match=r"expert 1 of .* is damaged; convert or"):
         pack.read_all()
+
+
+def test_codes_of_other_tables_are_refused() -> None:
+    layout = RecordLayout.build(64, 32, "trellis2", "fp4")
+    data = layout.to_dict()
+    assert data["tables"] == {"trellis2": TRELLIS2.tables}
+    assert RecordLayout.from_dict(data) == layout
+    older = {key: value for key, value in data.items() if key != "tables"}
+    assert RecordLayout.from_dict(older) == layout
+    with pytest.raises(ValueError, match=r"codes of trellis2 for tables with .* convert again"):
+        RecordLayout.from_dict({**data, "tables": {"trellis2": TRELLIS2.tables ^ 1}})
+    assert "tables" not in RecordLayout.build(64, 32, "fp4", "fp4").to_dict()

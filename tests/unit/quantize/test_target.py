@@ -3,19 +3,24 @@
 
 import errno
 import json
+import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from quantize import direct
 from quantize.checksums import Checksums, damages
+from quantize.cli import app
 from quantize.config import Recipe, get_recipe
-from quantize.convert import Options, convert
+from quantize.convert import Options, convert, space_wanted
 from quantize.job import Item, peak_disk, plan_job
-from quantize.source import Slice, Source
-from quantize.target import Target
+from quantize.origin import LocalOrigin, freed
+from quantize.source import Slice, Source, small_bytes
+from quantize.target import Target, sole_writer
 
 FP4 = get_recipe("fp4")
 
@@ -60,6 +65,18 @@ def test_workers_change_no_byte(sharded: Path, tmp_path: Path) -> None:
     one = convert(sharded, tmp_path / "one", blocks, options=Options(workers=1))
     many = convert(sharded, tmp_path / "many", blocks, options=Options(workers=5))
     assert contents(one) == contents(many)
+
+
+def test_the_page_cache_changes_no_byte(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = convert(sharded, tmp_path / "cached", FP4, max_shard_size=300_000)
+    monkeypatch.setattr(direct, "LEAST", 1)
+    monkeypatch.setattr("quantize.convert._PIECE", 10_001)
+    past = convert(sharded, tmp_path / "past", FP4, max_shard_size=300_000)
+    monkeypatch.delattr(os, "O_DIRECT")
+    without = convert(sharded, tmp_path / "without", FP4, max_shard_size=300_000)
+    assert contents(cached) == contents(past) == contents(without)
 
 
 def test_shards_go_once_they_are_converted(sharded: Path, tmp_path: Path) -> None:
@@ -176,6 +193,66 @@ def test_eating_the_source_wants_less_disk(sharded: Path) -> None:
     assert deleted < job.nbytes - min(sizes.values())
     fetched = peak_disk(job, sizes, fetched=True, deleted=False)
     assert job.nbytes < fetched < job.nbytes + 2 * max(sizes.values())
+
+
+def test_what_frees_nothing_here_is_not_counted_on(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wanted() -> int:
+        source = Source(LocalOrigin(sharded, delete=True))
+        return space_wanted(source, plan_job(source, FP4), tmp_path / "out")
+
+    whole = plan_job(Source(sharded), FP4).nbytes + small_bytes(sharded)
+    all_go, elsewhere = wanted(), tmp_path / "elsewhere"
+    assert all_go < whole
+    elsewhere.mkdir()
+    for path in sharded.glob("model-*.safetensors"):
+        os.link(path, elsewhere / path.name)
+    assert wanted() == whole
+    shutil.rmtree(elsewhere)
+    assert wanted() == all_go
+    with monkeypatch.context() as patch:
+        patch.setattr("quantize.convert.freed", lambda path, device: freed(path, device + 1))
+        assert wanted() == whole
+    elsewhere.mkdir()
+    for path in sharded.glob("model-*.safetensors"):
+        path.rename(elsewhere / path.name)
+        path.symlink_to(elsewhere / path.name)
+    assert wanted() == whole
+
+
+def test_a_second_conversion_into_one_target_is_refused(sharded: Path, tmp_path: Path) -> None:
+    target, refused = tmp_path / "out", []
+
+    def second(file: str, done: int) -> None:
+        if not refused:
+            # A lock belongs to an open file: this thread's second one is as another process's.
+            with pytest.raises(ValueError, match="another conversion is writing there; wait"):
+                convert(sharded, target, FP4)
+            arguments = ["convert", str(sharded), str(target), "--quiet"]
+            found = CliRunner().invoke(app, arguments).exception
+            assert isinstance(found, ValueError)
+            assert "another conversion is writing there" in str(found)
+            refused.append(file)
+
+    convert(sharded, target, FP4, progress=second)
+    assert refused
+    assert contents(target) == contents(convert(sharded, tmp_path / "alone", FP4))
+    assert convert(sharded, target, FP4) == target
+
+
+def test_a_lock_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"wanted a directory with config\.json"):
+        convert(tmp_path / "absent", tmp_path / "out", FP4)
+    assert not (tmp_path / "out").exists()
+
+    def unknown(descriptor: int, what: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    with sole_writer(tmp_path / "out"):
+        (tmp_path / "out" / "file").write_text("kept")
+    assert (tmp_path / "out" / "file").is_file()
 
 
 def test_the_error_of_rounding_is_told(release: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from modeling_dsv4.cpu.build import find_compiler
 from modeling_dsv4.formats import get_format, hadamard
 from quantize import trellis as trellis_module
 from quantize.bits import unpack_bits
-from quantize.trellis import Trellis, rotate, viterbi, windows
+from quantize.trellis import TRELLISES, Trellis, rotate, table_checksum, viterbi, windows
 
 # Squared error on a Gaussian, found with other numbers than the tables were made from. No code can
 # do better than 4^-bits; scalar codes of the same rate (Max, 1960) reach 0.1175, 0.03454, 0.0095.
@@ -185,3 +185,15 @@ def test_rows_too_short_to_rotate_are_refused() -> None:
             get_format("trellis2").parts(shape)
         with pytest.raises(ValueError, match="wanted rows of a multiple of 32 weights"):
             get_format("trellis2").pack(torch.randn(shape))
+
+
+def test_checksums_tell_tables_and_how_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {trellis.tables for trellis in map(get_format, TRELLISES)}
+    assert len(known) == len(TRELLISES)
+    assert 0 not in known
+    before = table_checksum(4)
+    assert get_format("trellis2").tables == before
+    for name, other in (("_STEP", 1 / 16), ("BLOCK", 128), ("TABLES", {4: "00" * 1024})):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"quantize.trellis.{name}", other)
+            assert table_checksum(4) != before

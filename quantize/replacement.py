@@ -88,7 +88,7 @@ class _Counts:
 class Lfu(Replacement):
     """The record that was used least leaves first, of equals the one not used for longest."""
 
-    def __init__(self, period: int = 50_000) -> None:
+    def __init__(self, period: int = 2000) -> None:
         self._counts = _Counts(period)
         self._level: dict[Key, int] = {}
         self._levels: dict[int, OrderedDict[Key, None]] = {}
@@ -135,7 +135,7 @@ class AdmittedLru(Lru):
     often: TinyLFU's admission (Einziger et al., arXiv 1512.00727), with exact counts.
     """
 
-    def __init__(self, period: int = 50_000) -> None:
+    def __init__(self, period: int = 2000) -> None:
         super().__init__()
         self._counts = _Counts(period)
         # Entered and not used yet, or used once and refused.

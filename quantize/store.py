@@ -106,7 +106,7 @@ class ExpertStore:
         budget: int,
         threads: int = 8,
         page_cache: bool | None = None,
-        replacement: str = "lru",
+        replacement: str = "lfu",
         piece: int = PIECE,
     ) -> None:
         self.packs = tuple(packs)

@@ -31,7 +31,8 @@ def compile_for(kernel: Any, fixed: dict[str, Any], target: int) -> Any:
     options = {"num_warps": fixed.pop("num_warps", 4), "num_stages": fixed.pop("num_stages", 3)}
     table = "*i32" if fixed.get("TRELLIS") else "*u8"
     pointers = {"order": "*i64", "index": "*i64", "tiles": "*i32", "weight": "*fp32",
-                "w": "*u8", "s": "*i16", "z": table, "limit": "fp32", "across": "*fp32"}  # fmt: skip
+                "w": "*u8", "s": "*i16", "z": table, "limit": "fp32",
+                "across": "*fp32"}  # fmt: skip
     pointers |= dict.fromkeys(("x", "u", "h", "y", "dy", "dx"), "*bf16")
     signature, constants, aligned = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):

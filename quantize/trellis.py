@@ -163,7 +163,7 @@ def block_size(k: int) -> int:
 
 
 @functools.cache
-def _rotations(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def rotations(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric orthogonal matrices: Hadamard inside blocks, Hartley across the blocks of a row."""
     return hadamard(torch.eye(block_size(k))).to(device), hartley(k).to(device)
 
@@ -178,7 +178,7 @@ def hartley(k: int) -> torch.Tensor:
 
 def rotate(w: torch.Tensor) -> torch.Tensor:
     """Mix every weight of a row [..., K] float32 with every other; its own inverse."""
-    inside, across = _rotations(w.shape[-1], w.device)
+    inside, across = rotations(w.shape[-1], w.device)
     return (across @ (w.unflatten(-1, (len(across), -1)) @ inside)).flatten(-2)
 
 

@@ -3,11 +3,12 @@
 
     reference   moe.ExpertsBase.forward over `Grid.unpack` and `Trellis.unpack`
     decoding    up to DECODE_ROWS tokens: two kernels of gemv.py
+    rotation    rotate.py, where a projection is a trellis
     else        rows sorted by expert, two kernels of gemm.py; backward two more
 
 The same three functions as `modeling_dsv4/kernels/experts.py` has for the model's own formats. A
-trellis' weights are rotated rows; here what they meet is rotated instead, a row of inputs once, by
-torch in float32. Weights get no gradient.
+trellis' weights are rotated rows; here what they meet is rotated instead, a row of inputs once.
+Weights get no gradient.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from modeling_dsv4.kernels.experts import (
 from modeling_dsv4.moe import Linear, StackedWeight
 
 from ..grids import GRIDS, group_size
-from ..trellis import TRELLISES, rotate
+from ..trellis import TRELLISES
 from . import gemm, gemv
+from .rotate import rotate
 
 # Rows and 32-code units of a matrix-vector tile.
 GEMV_TILES: dict[str, dict[str, int]] = {
@@ -93,38 +95,25 @@ class Weight(NamedTuple):
         """Scales of a row."""
         return self.scale.shape[-1]
 
-    @property
-    def pieces(self) -> int:
-        """Columns of 32 codes."""
-        return 2 * _UNIT if self.trellis else _UNIT
-
     def in_pieces(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs [..., columns], rotated for a trellis, in the order of `gemv`."""
         if self.trellis:
-            x = _rotated(x)
-        return x.unflatten(-1, (-1, self.pieces)).mT.flatten(-2).contiguous()
+            return rotate(x, 1, 2 * _UNIT)
+        return x.unflatten(-1, (-1, _UNIT)).mT.flatten(-2).contiguous()
 
-    def split(self, x: torch.Tensor) -> torch.Tensor:
+    def split(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Inputs [n, columns] in the order of `gemm`: rotated and even columns first, or as is."""
-        if not self.trellis:
-            return x.contiguous()
-        return _rotated(x).unflatten(-1, (-1, 2)).mT.flatten(-2)
+        return rotate(x, 1, 2, dtype) if self.trellis else x.to(dtype).contiguous()
 
     def unsplit(self, x: torch.Tensor) -> torch.Tensor:
         """Inverse of `split`, for gradients: the rotation is symmetric and its own inverse."""
-        return _rotated(x.unflatten(-1, (2, -1)).mT.flatten(-2)) if self.trellis else x
+        return rotate(x, 2, 1) if self.trellis else x
 
     def blocks(self, way: str, rows: int, run: int = 0) -> dict[str, Any]:
         """Sizes of a kernel's tile, "forward" or "backward" over a run of so many rows."""
         tile = GEMM_TILES[f"{self.kind} {way}"]
         even = self.codes % tile["BLOCK_K"] == 0 and run % tile["BLOCK_N"] == 0
         return {"BLOCK_M": rows, "EVEN": even, **tile, **self.fixed}
-
-
-def _rotated(x: torch.Tensor) -> torch.Tensor:
-    """Rows [..., K] rotated in float32, whatever autocast would take."""
-    with torch.autocast(x.device.type, enabled=False):
-        return rotate(x.float())
 
 
 @functools.cache
@@ -230,12 +219,12 @@ def _inner(
     h = x.new_empty(count if keep else 0, 2 * f)
     blocks = gate_up.blocks("forward", plan.rows)
     gemm.gate_up_gemm[_grid(plan, f, blocks, "BLOCK_N")](
-        gate_up.split(x).to(x.dtype), routing, plan.order, plan.tiles, *gate_up.tensors, u, h,
+        gate_up.split(x, x.dtype), routing, plan.order, plan.tiles, *gate_up.tensors, u, h,
         gate_up.experts, f, gate_up.codes, gate_up.groups, *gate_up.strides, gate_up.columns,
         bound, TOP_K=top_k, CLAMP=clamp, SAVE=keep,
         **blocks, **_number(x),
     )  # fmt: skip
-    return down.split(u).to(x.dtype), h
+    return down.split(u, x.dtype), h
 
 
 def _multiply(
@@ -315,8 +304,7 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, plan: Plan, weight: Weight) -> torch.Tensor:
         y = x.new_empty(len(x), weight.rows)
-        split = weight.split(x).to(x.dtype)
-        _multiply(split, plan, weight, y, {"SCATTER": False, **_number(x)})
+        _multiply(weight.split(x, x.dtype), plan, weight, y, {"SCATTER": False, **_number(x)})
         ctx.plan, ctx.weight = plan, weight
         return y
 

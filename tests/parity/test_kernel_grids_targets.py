@@ -29,9 +29,10 @@ def compile_for(kernel: Any, fixed: dict[str, Any], target: int) -> Any:
 
     fixed = dict(fixed)
     options = {"num_warps": fixed.pop("num_warps", 4), "num_stages": fixed.pop("num_stages", 3)}
-    table = "*i32" if fixed["TRELLIS"] else "*u8"
+    table = "*i32" if fixed.get("TRELLIS") else "*u8"
     pointers = {"order": "*i64", "index": "*i64", "tiles": "*i32", "weight": "*fp32",
-                "w": "*u8", "s": "*i16", "z": table, "limit": "fp32"}  # fmt: skip
+                "w": "*u8", "s": "*i16", "z": table, "limit": "fp32",
+                "across": "*fp32"}  # fmt: skip
     pointers |= dict.fromkeys(("x", "u", "h", "y", "dy", "dx"), "*bf16")
     signature, constants, aligned = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -49,12 +50,13 @@ def _compile_all() -> list[dict[str, Any]]:
     import triton.language as tl
 
     from modeling_dsv4.kernels.experts import MOST_ROWS
-    from quantize.kernels import experts, gemm, gemv
+    from quantize.kernels import experts, gemm, gemv, rotate
 
     number = {"DTYPE": tl.bfloat16, "EVEN": True, "BLOCK_M": MOST_ROWS}
     few = {"TOP_K": 6, "CLAMP": True, "PIECES": 32}
     gate_up = {"TOP_K": 6, "CLAMP": True, "SAVE": True, **number}
     back = {"TOP_K": 6, "SCATTER": False, **number}
+    order = {"PIECES_IN": 1, "PIECES_OUT": 2, "BLOCK_A": 16, "B": 256, "STEPS": 8}
     cases = [
         (gemv.gate_up_gemv, few, INT3, (80,)),
         (gemv.gate_up_gemv, few, TRELLIS2, (100,)),
@@ -64,7 +66,7 @@ def _compile_all() -> list[dict[str, Any]]:
         (gemm.input_grad_gemm, back, INT3, (120,)),
         (gemm.input_grad_gemm, back, TRELLIS2, (90,)),
     ]
-    found = []
+    found = [_measure(rotate.rotate_rows, order, target) for target in (80, 100)]
     for kernel, fixed, form, targets in cases:
         kind = "trellis" if form["TRELLIS"] else "grid"
         if kernel is gemv.gate_up_gemv:
@@ -72,16 +74,18 @@ def _compile_all() -> list[dict[str, Any]]:
         else:
             way = "backward" if kernel is gemm.input_grad_gemm else "forward"
             tile = experts.GEMM_TILES[f"{kind} {way}"]
-        for target in targets:
-            made = compile_for(kernel, {**form, **fixed, **tile}, target)
-            found.append({
-                "kernel": kernel.__name__,
-                "form": form,
-                "target": target,
-                "bytes": len(made.asm["cubin"]),
-                "shared": made.metadata.shared,
-            })  # fmt: skip
+        found += [_measure(kernel, {**form, **fixed, **tile}, target) for target in targets]
     return found
+
+
+def _measure(kernel: Any, fixed: dict[str, Any], target: int) -> dict[str, Any]:
+    made = compile_for(kernel, fixed, target)
+    return {
+        "kernel": kernel.__name__,
+        "target": target,
+        "bytes": len(made.asm["cubin"]),
+        "shared": made.metadata.shared,
+    }
 
 
 def test_every_kernel_compiles_for_every_gpu_and_fits_its_shared_memory() -> None:
@@ -91,7 +95,7 @@ def test_every_kernel_compiles_for_every_gpu_and_fits_its_shared_memory() -> Non
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 5 + 2 * len(TARGETS)
+    assert len(found) == 7 + len(TARGETS)
     assert all(made["bytes"] > 0 for made in found)
     assert [made for made in found if made["shared"] > SHARED] == []
 

@@ -81,7 +81,10 @@ def test_a_lone_record_keeps_several_requests_in_flight(
     monkeypatch.setattr(reads, "read_piece", meet)
     reader = reads.RecordReader([path], 4, True, lambda *_: None, piece=PIECE)
     buffer = bytearray(8 * PIECE)
-    reader.submit((0, 0), memoryview(buffer), 0, reads.Urgency.WANTED).result(20)
+    read = reader.submit((0, 0), memoryview(buffer), 0, reads.Urgency.WANTED)
+    read.result(20)
+    # Who keeps the read does not keep the buffer's memory.
+    assert read.view is None
     assert bytes(buffer) == path.read_bytes()
     assert 0 < reader.seconds(0) <= reader.seconds()
     reader.close()

@@ -31,10 +31,12 @@ class PoisonedStore(ExpertStore):
 def open_store(make_pack: MakePack) -> Iterator[Callable[..., tuple[ExpertStore, torch.Tensor]]]:
     stores = []
 
-    def make(capacity: int, layers: int = 1, experts: int = 8) -> tuple[ExpertStore, torch.Tensor]:
+    def make(
+        capacity: int, layers: int = 1, experts: int = 8, **options: str
+    ) -> tuple[ExpertStore, torch.Tensor]:
         made = [make_pack(experts, layer) for layer in range(layers)]
         packs = [pack for pack, _ in made]
-        stores.append(PoisonedStore(packs, capacity * packs[0].layout.largest))
+        stores.append(PoisonedStore(packs, capacity * packs[0].layout.largest, **options))
         return stores[-1], torch.stack([records for _, records in made])
 
     yield make
@@ -156,6 +158,19 @@ def test_what_is_in_memory_is_computed_before_what_is_read(open_store: OpenStore
     assert sorted(seen) == [6, 7]
 
 
+def test_a_record_on_its_way_keeps_its_buffer(open_store: OpenStore) -> None:
+    store, records = open_store(2)
+    held = threading.Event()
+    plain, store._reader._read = store._reader._read, lambda *a: (held.wait(20), plain(*a))
+    store.announce(0, [0, 1])
+    store.announce(0, [2, 3])
+    assert set(store._slots) == {(0, 0), (0, 1)}
+    held.set()
+    for e in store.arrivals(0, [2, 3]):
+        with store.record(0, e) as record:
+            assert torch.equal(record, records[0, e])
+
+
 @pytest.mark.parametrize("capacity", [2, 3])
 def test_a_pass_reads_each_expert_once_at_the_smallest_budgets(
     open_store: OpenStore, capacity: int
@@ -202,7 +217,7 @@ def test_wanted_records_displace_foreseen_ones(open_store: OpenStore) -> None:
 
 
 def test_wrong_guesses_are_called_off_or_leave_first(open_store: OpenStore) -> None:
-    store, _ = open_store(4, layers=2)
+    store, _ = open_store(4, layers=2, replacement="lru")
     use(store, 0, 7)
     store.foresee(1, [0, 1], sure=False)
     arrived(store)

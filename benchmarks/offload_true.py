@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts of V4-Flash's own size on disk: time per token and per prompt against what limits them.
+
+    python benchmarks/offload_true.py                    64 experts, 2 layers: 3 GB of disk, minutes
+    python benchmarks/offload_true.py --experts 256      as many as V4-Flash has
+
+Layers are as wide as V4-Flash (4096, experts of 2048 at FP4: 13.4 MB each); weights are drawn,
+packs written as they are, and routers choose nearly evenly: hit rates are those of no text.
+Every row is a process of its own with direct reads. The ideal is the larger of what the same work
+takes with all experts resident, and its bytes (/proc/self/io) at the rate that the same run
+measures: direct reads of 4 MiB, eight at a time. A prompt has to read each expert that is not
+there once. The program fails above 1.25 times the ideal per token, or 1.3 per prompt.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = ROOT / "benchmarks" / "shapes" / "v4-wide.json"
+PER_TOKEN, PER_PROMPT = 1.25, 1.3
+SHARES = (1 / 8, 1 / 4, 1 / 2)
+
+
+@dataclass
+class Run:
+    """What one process measured; bytes are what it made the disk read."""
+
+    load_seconds: float
+    first_token_seconds: float
+    first_prompt_seconds: float
+    prompt_seconds: float
+    prompt_bytes: int
+    token_seconds: float
+    token_bytes: float
+    hit_rate: float
+    rate_in_use: float
+    resident: int
+    grown: int
+
+
+def config_of(layers: int, experts: int) -> Any:
+    """V4-Flash's widths, few layers, a small vocabulary."""
+    from modeling_dsv4 import Dsv4Config
+
+    with tempfile.TemporaryDirectory() as scratch:
+        given = json.loads(SHAPE.read_text(encoding="utf-8")) | {
+            "num_hidden_layers": layers,
+            "n_routed_experts": experts,
+            "num_experts_per_tok": 6,
+            "compress_ratios": [0, 4, 128, 4, 128, 4, 128, 4][:layers],
+            "num_hash_layers": 0,
+        }
+        path = Path(scratch) / "config.json"
+        path.write_text(json.dumps(given), encoding="utf-8")
+        return Dsv4Config.from_json_file(path)
+
+
+@torch.no_grad()
+def make_checkpoint(directory: Path, layers: int, experts: int, seed: int) -> int:
+    """Write a converted model with drawn weights; bytes of all experts."""
+    from safetensors.torch import save_file
+
+    from modeling_dsv4 import Dsv4ForCausalLM
+    from quantize.config import METHOD, get_recipe
+    from quantize.pack import PackFile, PackLayout, PackWriter, RecordLayout, pack_file_name
+
+    torch.manual_seed(seed)
+    config, recipe = config_of(layers, experts), get_recipe("fp4")
+    # Dense weights come from a model of few experts; routers are drawn for all of them.
+    small = Dsv4ForCausalLM(config_of(layers, config.num_experts_per_tok)).to(torch.bfloat16)
+    state = {k: v for k, v in small.state_dict().items() if ".mlp.experts." not in k}
+    for name in list(state):
+        if name.endswith("mlp.gate.weight"):
+            state[name] = torch.randn(experts, config.hidden_size) / config.hidden_size**0.5
+        elif name.endswith("e_score_correction_bias"):
+            state[name] = torch.zeros(experts)
+    del small
+    directory.mkdir()
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    width = config.hidden_size, config.moe_intermediate_size
+    layout = RecordLayout.build(*width, "fp4", "fp4")
+    total = 0
+    for layer in range(layers):
+        name = f"model.layers.{layer}.mlp.experts"
+        path = directory / pack_file_name(name)
+        with PackWriter(path, name, PackLayout.repeat(layout, experts)) as writer:
+            for _ in range(experts):
+                record = torch.randint(0, 256, (layout.nbytes,), dtype=torch.uint8)
+                for parts in layout.decode(record).values():
+                    parts["_scale"].view(torch.uint8).fill_(118)
+                writer.write(record)
+        total += PackFile.open(path).nbytes
+    config.quantization_config = {"quant_method": METHOD, "recipe": recipe.to_dict()}
+    (directory / "config.json").write_text(config.to_json_string(use_diff=False))
+    return total
+
+
+def of_process(file: str, key: str) -> int:
+    """A number that the system keeps of this process."""
+    lines = Path("/proc/self", file).read_text(encoding="ascii").splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(key))
+
+
+@torch.no_grad()
+def measure(
+    directory: Path,
+    budget: int,
+    begun: float,
+    prompt: int,
+    tokens: int,
+    threads: int,
+    prefetch: str,
+    dtype: str,
+) -> Run:
+    """Load, feed a prompt twice, then decode: the second prompt and the later tokens count."""
+    torch.set_num_threads(threads)
+    import quantize  # noqa: F401  (registers the storage method)
+    from modeling_dsv4 import Dsv4ForCausalLM
+
+    start = time.perf_counter()
+    model = Dsv4ForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), expert_memory=budget, prefetch=prefetch
+    ).eval()
+    load_seconds, rss = time.perf_counter() - start, of_process("status", "VmRSS")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 8192, (1, prompt + tokens + 2), generator=generator)
+    model(ids[:, :1])
+    first = time.time() - begun
+
+    def feed() -> tuple[float, int, Any]:
+        disk, clock = of_process("io", "read_bytes"), time.perf_counter()
+        out = model(ids[:, :prompt], logits_to_keep=1, use_cache=True)
+        return time.perf_counter() - clock, of_process("io", "read_bytes") - disk, out
+
+    first_prompt = feed()[0]
+    prompt_seconds, prompt_bytes, out = feed()
+    cache = out.past_key_values
+    for t in range(prompt, prompt + 2):
+        cache = model(ids[:, t : t + 1], past_key_values=cache).past_key_values
+    before, disk = model.stats(), of_process("io", "read_bytes")
+    clock = time.perf_counter()
+    for t in range(prompt + 2, prompt + 2 + tokens):
+        cache = model(ids[:, t : t + 1], past_key_values=cache).past_key_values
+    token_seconds = (time.perf_counter() - clock) / tokens
+    after = {k: v - before[k] for k, v in model.stats().items()}
+    uses = after.get("hits", 0) + after.get("misses", 0)
+    busy = after.get("read_seconds", 0)
+    stores = [m.store for m in model.modules() if getattr(m, "store", None) is not None]
+    return Run(
+        load_seconds=load_seconds,
+        first_token_seconds=first,
+        first_prompt_seconds=first_prompt,
+        prompt_seconds=prompt_seconds,
+        prompt_bytes=prompt_bytes,
+        token_seconds=token_seconds,
+        token_bytes=(of_process("io", "read_bytes") - disk) / tokens,
+        hit_rate=after["hits"] / uses if uses else 1.0,
+        rate_in_use=after["bytes_read"] / busy if busy else 0.0,
+        resident=stores[0].resident_bytes if stores else 0,
+        grown=1024 * (of_process("status", "VmRSS") - rss),
+    )
+
+
+def in_a_process(directory: Path, budget: int, **options: int | str) -> Run:
+    """`measure` in a fresh process."""
+    command = [sys.executable, __file__, "--one", str(directory), "--budget", str(budget)]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [*command, "--begun", str(time.time())],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"a run failed:\n{done.stderr}")
+    return Run(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def compare(directory: Path, total: int, shares: tuple[float, ...], **options: Any) -> bool:
+    """Measure all budgets and print them; whether all keep their limits."""
+    from quantize.machine import measure_disk
+    from quantize.sizes import format_size
+
+    packs = sorted(directory.glob("experts-*.safetensors"))
+    os.sync()
+    resident = in_a_process(directory, total, **options)
+    rows, fine = Table(title="experts of 13.4 MB on disk"), True
+    for head in ("resident", "budget", "per token", "ideal", "ratio", "read per token", "hits",
+                 "rate in use / of the disk", "prompt", "ideal", "ratio", "first prompt",
+                 "RSS beside", "first token"):  # fmt: skip
+        rows.add_column(head, justify="right")
+    for share in shares:
+        # Before and after: other users of the disk come and go.
+        rates = [measure_disk(packs).rate]
+        run = in_a_process(directory, int(total * share), **options)
+        rates.append(measure_disk(packs).rate)
+        rate = sum(rates) / 2
+        ideal = max(resident.token_seconds, run.token_bytes / rate)
+        missing = max(0, total - run.resident)
+        prompt_ideal = max(resident.prompt_seconds, missing / rate)
+        ratios = run.token_seconds / ideal, run.prompt_seconds / prompt_ideal
+        fine = fine and ratios[0] <= PER_TOKEN and ratios[1] <= PER_PROMPT
+        rows.add_row(
+            f"{share:.3g}", format_size(int(total * share)), f"{1e3 * run.token_seconds:.1f} ms",
+            f"{1e3 * ideal:.1f} ms", f"{ratios[0]:.2f}", format_size(int(run.token_bytes)),
+            f"{run.hit_rate:.2f}", f"{run.rate_in_use / 1e9:.2f} / {rate / 1e9:.2f} GB/s",
+            f"{run.prompt_seconds:.2f} s", f"{prompt_ideal:.2f} s", f"{ratios[1]:.2f}",
+            f"{run.first_prompt_seconds:.2f} s", format_size(max(0, run.grown - run.resident)),
+            f"{run.first_token_seconds:.1f} s",
+        )  # fmt: skip
+    console = Console(width=170)
+    console.print(rows)
+    console.print(
+        f"all resident: {1e3 * resident.token_seconds:.1f} ms per token, "
+        f"{resident.prompt_seconds:.2f} s per prompt of {options['prompt']} tokens, "
+        f"loaded in {resident.load_seconds:.1f} s; limits {PER_TOKEN} and {PER_PROMPT}"
+    )
+    return fine
+
+
+def main(
+    layers: int = 2,
+    experts: int = 64,
+    prompt: int = 2048,
+    tokens: int = 32,
+    threads: int = 2,
+    prefetch: Annotated[str, typer.Option(help="off, or next-layer")] = "off",
+    dtype: Annotated[str, typer.Option(help="Of the dense part.")] = "float32",
+    shares: Annotated[str, typer.Option(help="Of the experts resident.")] = "0.125,0.25,0.5",
+    directory: Annotated[Path | None, typer.Option(help="On a real disk.")] = None,
+    seed: int = 0,
+    one: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    budget: Annotated[int, typer.Option(hidden=True)] = 0,
+    begun: Annotated[float, typer.Option(hidden=True)] = 0.0,
+) -> None:
+    """Print a table of budgets against the ideal."""
+    options: dict[str, Any] = {"prompt": prompt, "tokens": tokens, "threads": threads}
+    options |= {"prefetch": prefetch, "dtype": dtype}
+    if one is not None:
+        print(json.dumps(asdict(measure(one, budget, begun, **options))))
+        return
+    with tempfile.TemporaryDirectory(dir=directory, prefix="offload-") as scratch:
+        made = Path(scratch) / "model"
+        total = make_checkpoint(made, layers, experts, seed)
+        fine = compare(made, total, tuple(float(x) for x in shares.split(",")), **options)
+    if not fine:
+        raise SystemExit("above a limit")
+
+
+if __name__ == "__main__":
+    typer.run(main)

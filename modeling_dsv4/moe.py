@@ -326,7 +326,8 @@ class Dsv4MoE(nn.Module):
         logits, weights, indices = self.gate(flat, ids, types)
         # What has to be read is read while the shared expert is computed.
         self.experts.expect(indices, flat)
-        shared = ops.fp32(self.shared_experts(flat))
+        # With its rows, which adapters may tell apart.
+        shared = ops.fp32(self.shared_experts(hidden_states)).flatten(0, 1)
         out = self.experts(flat, indices, weights) + shared
         return out.to(hidden_states.dtype).view_as(hidden_states), logits
 

@@ -282,7 +282,7 @@ def test_embeddings_take_the_place_of_ids_where_ids_are_not_needed(tiny: Make, k
     expected = model(ids).logits
     torch.testing.assert_close(model(ids, inputs_embeds=embeds).logits, expected)
     # Hash routing and n-grams want ids; a model with neither does not.
-    missing = "hash-routed layers choose" if kind == "v4" else "Engram looks memory up"
+    missing = "hash-routed layers choose" if kind == "v4" else "Engram is read by id"
     with pytest.raises(ValueError, match=missing):
         model(inputs_embeds=embeds)
     plain = tiny("v4", num_hash_layers=0)

@@ -166,7 +166,9 @@ def _expert(
     record, wide, weights = record.contiguous(), x.float().contiguous(), weights.float()
     weights, y = weights.contiguous(), torch.empty_like(wide)
     if len(wide):
-        scratch = torch.empty(lib.dsv4_expert_scratch(plan.address, len(wide)))
+        size = lib.dsv4_expert_scratch(plan.address, len(wide))
+        # Whatever torch's defaults are: C writes this many float32 numbers.
+        scratch = torch.empty(size, dtype=torch.float32, device="cpu")
         pointers = (t.data_ptr() for t in (record, wide, weights, scratch, y))
         lib.dsv4_expert(plan.address, *pointers, len(wide), torch.get_num_threads())
     return y.to(x.dtype)

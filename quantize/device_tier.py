@@ -194,11 +194,18 @@ class DeviceTier:
             # Read first: where that fails nothing was given up for it.
             record = stack.enter_context(self.store.record(layer, expert))
             slot = self._take_slot(kept)
-            self._copy(record, self.slots[slot, :size])
-            if self._copies is not None:
-                done = torch.cuda.Event()
-                done.record(self._copies)
-                self._lent.append((done, stack.pop_all(), size))
+            try:
+                self._copy(record, self.slots[slot, :size])
+                if self._copies is not None:
+                    done = torch.cuda.Event()
+                    done.record(self._copies)
+                    self._lent.append((done, stack.pop_all(), size))
+            except BaseException:
+                # What was launched may still write there, and read the record.
+                if self._copies is not None:
+                    self._copies.synchronize()
+                self._free.append(slot)
+                raise
         self._places[key] = slot
         self.counts[layer].device_copies += 1
         self.counts[layer].device_bytes_copied += size
@@ -223,6 +230,14 @@ class DeviceTier:
         """What is launched next on the device waits for all copies so far; the host does not."""
         if self._copies is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
+
+    def give_back(self) -> None:
+        """Wait for all copies, and give their records back to the store."""
+        while self._lent:
+            done, stack, _ = self._lent[0]
+            done.synchronize()
+            self._lent.popleft()
+            stack.close()
 
     def _return_records(self, wanted: int) -> None:
         """Give records back to the store whose copy is done; wait where they would be too many."""
@@ -265,11 +280,12 @@ def run_waves(
     for wave in tier.waves(layer, hot):
         _compute(module, tier, wave, [pairs[e] for e in wave.experts], x, flat, y, k)
     if on_host is not None:
+        tier.give_back()
         for e in cold:
             mine = torch.as_tensor(pairs[e]).cpu()
             out = module.run_expert(e, on_host[0][mine // k], on_host[1][mine])
             y[mine.to(y.device)] = out.to(y.device, torch.float32)
-    return y.view(n, k, -1).sum(1)
+    return y.view(n, k, module.hidden_size).sum(1)
 
 
 def _pairs_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, Pairs]:

@@ -110,6 +110,8 @@ class StoredExperts(ExpertsBase):
         if self._in_slots(hidden_states, top_k_weights):
             assert self.tier is not None
             return run_waves(self, self.tier, hidden_states, top_k_index, top_k_weights)
+        if self.tier is not None:
+            self.tier.give_back()
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
     def _in_slots(self, x: torch.Tensor, weights: torch.Tensor) -> bool:

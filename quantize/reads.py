@@ -184,7 +184,8 @@ class _Files:
 
     def __init__(self, paths: Sequence[Path], direct: bool) -> None:
         self.paths = tuple(paths)
-        self.direct = direct
+        self.direct = self.asked = direct
+        self._lock = threading.Lock()
         self.descriptors: list[int] = []
         try:
             for path in self.paths:
@@ -211,20 +212,22 @@ class _Files:
 
     def refuse_direct(self, error: OSError) -> None:
         """Go on through the page cache, once for all files."""
-        if not self.direct:
-            return
-        self.direct = False
-        logger.warning(
-            "direct reads of expert packs are refused here (%s): reading through the page cache, "
-            "and dropping from it what was read",
-            error,
-        )
-        if self.descriptors:
-            import fcntl
+        with self._lock:
+            if not self.direct:
+                return
+            logger.warning(
+                "direct reads of expert packs are refused here (%s): reading through the page "
+                "cache, and dropping from it what was read",
+                error,
+            )
+            if self.descriptors:
+                import fcntl
 
-            for descriptor in self.descriptors:
-                flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-                fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+                for descriptor in self.descriptors:
+                    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+                    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            # Last: who sees it may rely on the descriptors.
+            self.direct = False
 
     def close(self) -> None:
         while self.descriptors:
@@ -290,8 +293,8 @@ class RecordReader:
             name = f"expert-read-{len(self._threads)}"
             arguments = (self._queue, self._piece)
             thread = threading.Thread(target=_work, args=arguments, name=name, daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
         return read
 
     def hurry(self, read: RecordRead, urgency: Urgency = Urgency.WANTED) -> None:
@@ -336,12 +339,12 @@ class RecordReader:
 
     def _read(self, layer: int, view: memoryview, start: int) -> None:
         descriptor, path = self._files.descriptors[layer], self._files.paths[layer]
-        direct = self._files.direct
         try:
             read_piece(path, descriptor, view, start)
         except OSError as error:
-            # Some file systems open for direct reads and refuse the first of them.
-            if not direct or error.errno != errno.EINVAL:
+            # Some file systems open for direct reads and refuse the first of them; another thread
+            # may have met that meanwhile.
+            if not self._files.asked or error.errno != errno.EINVAL:
                 raise
             self._files.refuse_direct(error)
             read_piece(path, descriptor, view, start)

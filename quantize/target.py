@@ -45,6 +45,7 @@ class Target:
         self._touched: set[str] = set()
         self._lock = Lock()
         self._committed = time.monotonic()
+        self._refused = False
         for name, file in job.files.items():
             self._recover(name, file)
         directory.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,13 @@ class Target:
             self.commit()
 
     def commit(self) -> None:
-        """Make all finished items durable, and rename the files that are complete."""
+        """Make all finished items durable, and rename the files that are complete.
+
+        Once the disk has refused something nothing is, any more: it says so a single time, and what
+        was lost would then count as written.
+        """
+        if self._refused:
+            return
         complete = [
             name for name in sorted(self._touched)
             if len(self.sums.done[name]) == len(self.job.files[name].items)
@@ -84,8 +91,12 @@ class Target:
                 table = pack_trailer([self.sums.done[name][item.key] for item in items])
                 end = items[-1].start + items[-1].nbytes
                 write_exactly(self._descriptor(name), table, end)
-        for name in self._touched:
-            os.fsync(self._descriptor(name))
+        try:
+            for name in self._touched:
+                os.fsync(self._descriptor(name))
+        except OSError:
+            self._refused = True
+            raise
         self.sums.save(self.directory)
         for name in complete:
             self._partial(name).replace(self.directory / name)

@@ -165,13 +165,15 @@ def block_size(k: int) -> int:
 @functools.cache
 def rotations(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric orthogonal matrices: Hadamard inside blocks, Hartley across the blocks of a row."""
-    return hadamard(torch.eye(block_size(k))).to(device), hartley(k).to(device)
+    return hadamard(torch.eye(block_size(k), dtype=torch.float32, device="cpu")).to(
+        device
+    ), hartley(k).to(device)
 
 
 @functools.cache
 def hartley(k: int) -> torch.Tensor:
     """How the n blocks of a row of k are mixed: [n, n] float32, symmetric and orthogonal."""
-    place = torch.arange(k // block_size(k), dtype=torch.float64)
+    place = torch.arange(k // block_size(k), dtype=torch.float64, device="cpu")
     angle = place[:, None] * place * (2 * math.pi / len(place))
     return ((angle.cos() + angle.sin()) / len(place) ** 0.5).float()
 

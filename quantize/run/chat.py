@@ -201,4 +201,7 @@ def terminal_lines(prompt: str = "> ") -> Iterator[str]:
 def _named(command: str, text: str) -> Path:
     if not text:
         raise ValueError(f"{command}: wanted a file's name behind it, got none")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{command}: {text}: {error}") from None

@@ -81,13 +81,15 @@ class Scheduler:
             if self._current is job:
                 self.engine.cancelled.set()
 
-    def close(self, seconds: float = 30.0) -> bool:
+    def close(self, seconds: float = 5.0) -> bool:
         """Cancel everything and end the thread; whether it did in time."""
         with self._lock:
             self._closing = True
             left = list(self._open)
         for job in left:
             self.cancel(job)
+            # Told at once: the model may still be reading a long prompt.
+            job.events.put((FAILED, Busy("the program is ending")))
         self._jobs.put(None)
         self._thread.join(seconds)
         return not self._thread.is_alive()

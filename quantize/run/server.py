@@ -230,7 +230,10 @@ class Handler(BaseHTTPRequestHandler):
             request = reader(json.loads(body), self.service.settings)
             job = self.service.job(request)
             self.service.scheduler.submit(job)
-        except (ValueError, TypeError, KeyError, RecursionError, NotImplementedError) as wrong:
+        except (
+            ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
+            RecursionError, NotImplementedError,
+        ) as wrong:  # fmt: skip
             self.service.count(-1)
             return self._fail(400, "invalid_request_error", " ".join(str(wrong).split()))
         except Busy:
@@ -282,6 +285,9 @@ class Handler(BaseHTTPRequestHandler):
                 continue
 
     def _tell_failure(self, wrong: Exception, streaming: bool) -> None:
+        if isinstance(wrong, Busy):
+            kind, text = "overloaded_error", str(wrong)
+            return self._event(error(kind, text)) if streaming else self._fail(503, kind, text)
         bad = isinstance(wrong, ValueError)
         kind = "invalid_request_error" if bad else "server_error"
         text = " ".join(str(wrong).split()) if bad else type(wrong).__name__

@@ -171,6 +171,26 @@ def test_threads_and_inputs_that_are_not_contiguous_change_no_bit() -> None:
         torch.set_num_threads(before)
 
 
+def test_torchs_defaults_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = stored(SIZES[0], "trellis3", "fp4", LIMIT)
+    x, weights = torch.randn(5, experts.hidden_size), torch.rand(5)
+    wanted, sizes = experts.run_expert(0, x, weights), []
+    empty = torch.empty
+
+    def spy(*size: Any, **kwargs: Any) -> torch.Tensor:
+        sizes.append(kwargs.get("dtype"))
+        return empty(*size, **kwargs)
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        monkeypatch.setattr(torch, "empty", spy)
+        found = experts.run_expert(0, x, weights)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted)
+    assert torch.float32 in sizes
+
+
 def test_every_number_of_the_result_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("empty", "empty_like"):
         make = getattr(torch, name)

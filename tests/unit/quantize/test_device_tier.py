@@ -229,3 +229,26 @@ def test_copies_of_a_model_share_the_memory(make: Callable[..., list[StoredExper
 
 def test_plain_experts_have_no_tier() -> None:
     assert not hasattr(Dsv4Experts(2, 4, 4, None), "tier")
+
+
+def test_a_copy_that_fails_loses_no_slot(
+    make: Callable[..., list[StoredExperts]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _ = make(2)
+    assert module.tier is not None
+    wanted = outputs([module], [1, 3])
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(module.tier, "_copy", fail)
+            with pytest.raises(KeyboardInterrupt):
+                outputs([module], [40])
+    for a, b in zip(wanted, outputs([module], [1, 3]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_rows_are_no_rows(make: Callable[..., list[StoredExperts]]) -> None:
+    assert outputs(make(3), [0])[0].shape == (0, D)

@@ -234,7 +234,7 @@ def test_closing_ends_what_runs_and_tells_who_waits(engine) -> None:
     one.close()
     assert time.monotonic() - start < 5
     for line in lines:
-        assert b" 200 " in line.recv(100)
+        assert b" 503 " in line.recv(100)
         line.close()
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", one.port), timeout=1)
@@ -284,7 +284,7 @@ def test_the_program_serves_and_ends_on_sigterm_under_load(nano) -> None:
         line.request("POST", "/v1/chat/completions", json.dumps(WISH | {"max_tokens": 4000}), _JSON)
         time.sleep(0.3)
         program.send_signal(signal.SIGTERM)
-        assert line.getresponse().status == 200
+        assert line.getresponse().status == 503
         assert program.wait(15) == 0
     finally:
         program.kill()

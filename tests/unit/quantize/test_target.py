@@ -192,11 +192,12 @@ def test_what_a_failed_sync_lost_is_written_again(
 
     def fail_once(descriptor: int) -> None:
         name = os.readlink(f"/proc/self/fd/{descriptor}")
-        if not lost and "experts-" in name:
+        raw = Path(name).read_bytes() if "experts-" in name else b""
+        # A pack is complete once its checksums stand at its end.
+        if not lost and any(raw[-8:]):
             lost.append(name)
-            # The first record stands behind the header.
-            first = 8 + int.from_bytes(Path(name).read_bytes()[:8], "little")
-            os.pwrite(descriptor, bytes(4096), first)
+            # Of the last record, which no sync before this one has made durable.
+            os.pwrite(descriptor, bytes(4096), (len(raw) // 4096 - 1) * 4096)
             raise OSError(errno.EIO, "Input/output error")
         sync(descriptor)
 

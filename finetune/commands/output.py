@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share: common options, and where their words go."""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+ModelOpt = Annotated[str, typer.Option("--model", help="Directory of the base model.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command's words go."""
+
+    as_json: bool
+    quiet: bool
+
+    def __post_init__(self) -> None:
+        if self.quiet:
+            # transformers' bars for loading weights.
+            disable_progress_bar()
+
+    def result(self, values: dict[str, Any], lines: list[str]) -> None:
+        """Write the result in the form that was asked for."""
+        text = json.dumps(values, ensure_ascii=False) if self.as_json else "\n".join(lines)
+        typer.echo(text)
+
+    def console(self) -> Console:
+        return Console(stderr=True, quiet=self.quiet)
+
+
+def loss_lines(before: float | None, after: float | None) -> list[str]:
+    """Say two losses, those that there are."""
+    named = (("before", before), ("after", after))
+    return [f"loss {name}: {value:.4f}" for name, value in named if value is not None]

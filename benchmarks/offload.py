@@ -8,6 +8,7 @@ token the page cache of the files that hold experts is dropped, so that `read_by
 
     python benchmarks/offload.py                     a table; about 300 MB of disk, minutes
     python benchmarks/offload.py --json result.json  the same as data too
+    python benchmarks/offload.py --hidden 4096 --layers 2 --tokens 4   experts of V4-Flash's size; 15 GB
 """
 
 import argparse
@@ -60,7 +61,10 @@ def make_checkpoint(directory: Path, arguments: argparse.Namespace) -> None:
     from modeling_dsv4.formats import pack_fp4, unpack_fp4
 
     torch.manual_seed(arguments.seed)
+    # Drawn in bfloat16: at V4-Flash's width float32 would take twice the memory of the model.
+    torch.set_default_dtype(torch.bfloat16)
     model = DeepseekV4ForCausalLM(native_config(arguments)).to(torch.bfloat16)
+    torch.set_default_dtype(torch.float32)
     for name, weight in model.named_parameters():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             for expert in weight:
@@ -189,7 +193,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         make_checkpoint(directory, arguments)
         packs = convert(directory, directory.with_name("packs"), get_recipe("fp4"))
         layers = [PackFile.open(p) for p in sorted(packs.glob("experts-*.safetensors"))]
-        total, record = sum(p.nbytes for p in layers), layers[0].layout.nbytes
+        total, record = sum(p.nbytes for p in layers), layers[0].layout.of(0).nbytes
         arguments.budget = max(record, int(total * arguments.share))
         os.sync()
         ours = run_side("ours", directory, arguments)
@@ -269,7 +273,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result, indent=1))
     if not result["native"]["bytes_per_token"]:
         raise SystemExit("nothing was read from a disk: give --directory on one that is no tmpfs")
-    if result["ratio"] > TARGET:
+    if not 1 / TARGET <= result["ratio"] <= TARGET:
         raise SystemExit(1)
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from modeling_dsv4.safetensors_file import INDEX
 from .checksums import FILE as CHECKSUMS
 from .checksums import Checksums, copy_file, write_text
 from .config import METHOD, Recipe
-from .dense import part_tiles, table_tiles
+from .dense import packed_tiles, table_tiles
 from .direct import aligned_zeros
 from .encode import Statistics, encode_expert, keeps_bytes
 from .hub import HubOrigin, is_repository
@@ -285,7 +285,7 @@ def _run(source: Source, target: Target, options: Options, statistics: Statistic
         for shard in sorted({shard for item in todo for shard in item.needs}):
             origin.fetch(shard)
         try:
-            _run_items(make, target, todo, workers)
+            _run_units(make, target, job.units(todo), workers)
         finally:
             target.commit()
         unchecked += items
@@ -298,23 +298,27 @@ def _run(source: Source, target: Target, options: Options, statistics: Statistic
                 origin.release(shard)
 
 
-def _run_items(
-    make: Callable[[Item], int], target: Target, items: list[Item], workers: int
+def _run_units(
+    make: Callable[[list[Item]], list[int]],
+    target: Target,
+    units: list[list[Item]],
+    workers: int,
 ) -> None:
     threads = torch.get_num_threads()
     # Each worker computes alone; threads of a thread would wait for each other.
     share = max(threads // workers, 1)
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-        running: dict[Future[int], Item] = {}
-        left = iter(items)
+        running: dict[Future[list[int]], list[Item]] = {}
+        left = iter(units)
         try:
             while True:
-                while len(running) <= workers and (item := next(left, None)) is not None:
-                    running[pool.submit(make, item)] = item
+                while len(running) <= workers and (unit := next(left, None)) is not None:
+                    running[pool.submit(make, unit)] = unit
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    target.finish(running.pop(future), future.result())
+                    for item, crc in zip(running.pop(future), future.result(), strict=True):
+                        target.finish(item, crc)
         finally:
             for future in running:
                 future.cancel()
@@ -327,9 +331,24 @@ def _make(
     told: "_Told",
     statistics: Statistics | None,
     device: str,
+    unit: list[Item],
+) -> list[int]:
+    """Make and write a unit; returns its items' checksums."""
+    packed = [target.job.files[item.file].packed.get(item.key) for item in unit]
+    parts = [part for part in packed if part is not None]
+    if parts:
+        return _write_tiles(target, unit, packed_tiles(source, parts), told)
+    return [_make_item(source, target, told, statistics, device, item) for item in unit]
+
+
+def _make_item(
+    source: Source,
+    target: Target,
+    told: "_Told",
+    statistics: Statistics | None,
+    device: str,
     item: Item,
 ) -> int:
-    """Make and write one item; returns its checksum."""
     pack = target.job.files[item.file].pack
     if pack is not None:
         experts, layout = pack
@@ -345,10 +364,8 @@ def _make(
     table = target.job.files[item.file].table
     if table is not None:
         start, stop = list(blocks(table.num_rows))[int(item.key)]
-        return _write_tiles(target, item, table_tiles(source, table, start, stop), told)
-    part = target.job.files[item.file].packed.get(item.key)
-    if part is not None:
-        return _write_tiles(target, item, part_tiles(source, part), told)
+        tiles = ([tile] for tile in table_tiles(source, table, start, stop))
+        return _write_tiles(target, [item], tiles, told)[0]
     place = source.raw(item.key)
     if place is None:
         raw = source.get(item.key).flatten().view(torch.uint8).numpy().data
@@ -365,15 +382,18 @@ def _make(
     return crc
 
 
-def _write_tiles(target: Target, item: Item, tiles: Iterator[torch.Tensor], told: "_Told") -> int:
-    """Write an item that is made tile by tile of rows; returns its checksum."""
-    crc = at = 0
-    for tile in tiles:
-        raw = tile.contiguous().view(torch.uint8).flatten().numpy().data
-        target.write(item, raw, at)
-        crc, at = zlib.crc32(raw, crc), at + len(raw)
-        told.progress(item.file, len(raw))
-    return crc
+def _write_tiles(
+    target: Target, unit: list[Item], tiles: Iterable[list[torch.Tensor]], told: "_Told"
+) -> list[int]:
+    """Write items that are made side by side, tile by tile of rows; returns their checksums."""
+    crcs, places = [0] * len(unit), [0] * len(unit)
+    for row in tiles:
+        for i, (item, tile) in enumerate(zip(unit, row, strict=True)):
+            raw = tile.contiguous().view(torch.uint8).flatten().numpy().data
+            target.write(item, raw, places[i])
+            crcs[i], places[i] = zlib.crc32(raw, crcs[i]), places[i] + len(raw)
+            told.progress(item.file, len(raw))
+    return crcs
 
 
 def count_workers(source: Source, job: Job, calibrated: bool = False) -> int:

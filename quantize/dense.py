@@ -7,7 +7,7 @@ kept as shipped, whatever a pattern says.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -147,14 +147,14 @@ def scale_name(weight: str) -> str:
     return f"{weight}_scale_inv"
 
 
-def part_tiles(source: Source, part: DensePart) -> Iterator[torch.Tensor]:
-    """Make a part tile by tile of rows, in their order."""
-    rows, width = source.dense[part.weight][1]
+def packed_tiles(source: Source, parts: Sequence[DensePart]) -> Iterator[list[torch.Tensor]]:
+    """Make parts of one weight, tile by tile of its rows in their order; each is read once."""
+    weight, fmt = parts[0].weight, parts[0].format
+    rows, width = source.dense[weight][1]
     step = max(_TILE // width, 1)
     for start in range(0, rows, step):
-        yield part.format.pack(_rows(source, part.weight, start, min(start + step, rows)))[
-            part.suffix
-        ]
+        made = fmt.pack(_rows(source, weight, start, min(start + step, rows)))
+        yield [made[part.suffix] for part in parts]
 
 
 def _rows(source: Source, name: str, start: int, stop: int) -> torch.Tensor:

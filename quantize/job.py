@@ -100,6 +100,15 @@ class Job:
                 steps[max((place[shard] for shard in item.needs), default=0)].append(item)
         return steps
 
+    def units(self, items: Iterable[Item]) -> list[list[Item]]:
+        """Items by what is made at once: the parts of one weight, so that it is read once."""
+        units: dict[tuple[str, ...], list[Item]] = {}
+        for item in items:
+            part = self.files[item.file].packed.get(item.key)
+            name = (item.file, item.key) if part is None else (part.weight,)
+            units.setdefault(name, []).append(item)
+        return list(units.values())
+
 
 def plan_job(source: Source, recipe: Recipe, max_shard_size: int = DEFAULT_SHARD) -> Job:
     """Lay out the files of a conversion."""

@@ -13,17 +13,31 @@ import time
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
+from modeling_dsv4 import Dsv4Config
 from modeling_dsv4.safetensors_file import read_header
 from quantize.checksums import Checksums, damages
 from quantize.config import Recipe, get_recipe
 from quantize.convert import Options, convert
 from quantize.pack import PackFile
+from quantize.tables import TableFile, blocks
 
 logger = logging.getLogger(__name__)
 SHARD = 300_000
 FP4 = get_recipe("fp4")
 BLOCKS = Recipe("blocks", (("*.down_proj", "fp8_block32"), ("*.mlp.experts.*", "fp8_rows32")))
+# Rounds embedding, head and Engram tables too, in parts that are written side by side.
+DENSE = Recipe(
+    "dense",
+    (
+        ("*.mlp.experts.*", "fp4"),
+        ("*.engram.embed.weight", "fp4"),
+        ("model.embed_tokens.weight", "fp8_rows32"),
+        ("lm_head.weight", "int4"),
+    ),
+)
 MANY = pytest.mark.slow
 # All of the tiny files' bytes that can go past the page cache do, as those of large ones.
 WORK = """
@@ -38,11 +52,15 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
 
 
-@pytest.fixture
-def release(golden_dir: Path, tmp_path: Path) -> Path:
-    """An official checkpoint with a tokenizer's file."""
-    directory = Path(shutil.copytree(golden_dir / "v4_a_fp8", tmp_path / "release"))
-    (directory / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+@pytest.fixture(params=["v4_a_fp8", "v41_b_fp8"])
+def release(golden_dir: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """An official checkpoint with a tokenizer's file, V4 or V4.1 with Engram tables."""
+    directory = Path(shutil.copytree(golden_dir / request.param, tmp_path / "release"))
+    config = Dsv4Config.from_pretrained(directory)
+    # V4.1's Engram is keyed by what words mean, whatever their case: as many as it wants.
+    size, kinds = config.vocab_size, config.engram_compressed_vocab_size or config.vocab_size
+    words = {f"{'Ww'[i < kinds]}{i % kinds}": i for i in range(size)}
+    Tokenizer(WordLevel(words, unk_token="w0")).save(str(directory / "tokenizer.json"))
     return directory
 
 
@@ -76,7 +94,7 @@ def test_kills_at_random_instants_change_no_byte(
     whole, seconds = {}, {}
     # The first process waits for the imports of all.
     killer.run(None, release, tmp_path / "first", FP4, SHARD)
-    for recipe in (FP4, BLOCKS):
+    for recipe in (DENSE, BLOCKS):
         start = time.perf_counter()
         killer.run(None, release, tmp_path / recipe.name, recipe, SHARD)
         seconds[recipe.name] = time.perf_counter() - start
@@ -84,7 +102,7 @@ def test_kills_at_random_instants_change_no_byte(
     rounds = 0
     while killer.kills < wanted:
         rounds += 1
-        recipe, delete = (FP4, BLOCKS)[rounds % 2], rounds % 4 > 1
+        recipe, delete = (DENSE, BLOCKS)[rounds % 2], rounds % 4 > 1
         source = Path(shutil.copytree(release, tmp_path / f"source-{rounds}"))
         target, options = tmp_path / f"out-{rounds}", Options(delete_source_shards=delete)
         arguments = (source, target, recipe, SHARD, None, options)
@@ -100,7 +118,7 @@ def test_kills_at_random_instants_change_no_byte(
 
 @pytest.mark.parametrize("wanted", [30, pytest.param(600, marks=MANY)])
 def test_every_flipped_byte_is_found(release: Path, tmp_path: Path, wanted: int) -> None:
-    target = convert(release, tmp_path / "out", FP4, SHARD)
+    target = convert(release, tmp_path / "out", DENSE, SHARD)
     sums = Checksums.load(target)
     assert sums is not None
     paths = sorted(target.iterdir())
@@ -134,6 +152,11 @@ def expected(path: Path, whole: bytes, at: int) -> str:
         return f"{path.name}: its header is damaged"
     path.write_bytes(whole)
     name = next(n for n, i in read_header(path).items() if i.start <= at < i.end)
+    if path.name.startswith("engram-"):
+        table = TableFile.open(path)
+        row = (at - table.start) // table.layout.nbytes
+        start, stop = next(b for b in blocks(table.num_rows) if b[0] <= row < b[1])
+        return f"{path.name}: {table.name} is damaged in rows {start} to {stop - 1}"
     if not path.name.startswith("experts-"):
         return f"{path.name}: {name} is damaged"
     pack = PackFile.open(path)

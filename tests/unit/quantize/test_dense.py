@@ -2,6 +2,7 @@
 """Embedding, head and Engram tables in a recipe's format: rounded once, loaded as they are."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from modeling_dsv4.storage import PackedEmbedding, PackedHead, stored_name
 from quantize import Recipe
 from quantize.checksums import Checksums, damages
 from quantize.convert import convert
-from quantize.dense import dense_format, part_tiles
+from quantize.dense import dense_format, packed_tiles
 from quantize.source import Source
 from quantize.stored_table import StoredTable
 from quantize.tables import TableFile
@@ -79,12 +80,30 @@ def test_tensors_are_those_of_the_format(converted: Path) -> None:
 
 def test_tiles_of_rows_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(NANO)
-    part = dict(packed_parts(source))[TABLE]
-    whole = torch.cat(list(part_tiles(source, part)))
+    parts = [part for _, part in packed_parts(source) if part.weight == TABLE]
+    assert [part.suffix for part in parts] == ["", "_scale"]
+    whole = list(packed_tiles(source, parts))
     monkeypatch.setattr("quantize.dense._TILE", 32 * 1000)
-    tiles = list(part_tiles(source, part))
+    tiles = list(packed_tiles(source, parts))
     assert len(tiles) > 10
-    assert torch.equal(torch.cat(tiles), whole)
+    for rows, wanted in zip(zip(*tiles, strict=True), zip(*whole, strict=True), strict=True):
+        assert torch.equal(torch.cat(rows), torch.cat(wanted))
+
+
+def test_a_weight_is_read_once_for_all_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Counter[tuple[str, int]] = Counter()
+    rows = Source.rows
+
+    def counted(self: Source, name: str, start: int, stop: int) -> torch.Tensor:
+        read.update((name, row) for row in range(start, stop))
+        return rows(self, name, start, stop)
+
+    monkeypatch.setattr(Source, "rows", counted)
+    convert(NANO, tmp_path / "out", Recipe("dense", RULES))
+    assert {name for name, _ in read} >= {"lm_head.weight", "model.embed_tokens.weight"}
+    assert set(read.values()) == {1}
 
 
 def packed_parts(source: Source) -> list:

@@ -104,7 +104,8 @@ def choose_recipe(
 ) -> Recipe:
     """Choose a format for every expert of a source, under a budget for all expert records.
 
-    A few experts of each layer are read. Where the source's experts are in a release's format, that
+    A few experts of each layer are read; from a repository on the Hub their shards are fetched, one
+    layer's at a time, and dropped. Where the source's experts are in a release's format, that
     format, which loses nothing, is one of the options.
 
     Args:
@@ -121,11 +122,16 @@ def choose_recipe(
     options: dict[str, list[Pair]] = {}
     errors: list[list[float]] = []
     sizes: list[list[int]] = []
-    for name, experts in source.experts.items():
-        known = calibration if calibration and name in calibration.modules else None
-        count = experts.num_experts
+    modules = [
+        (experts, calibration if calibration and name in calibration.modules else None)
+        for name, experts in source.experts.items()
+    ]
+    for number, (experts, known) in enumerate(modules):
+        name, count = experts.name, experts.num_experts
         share = known.share(name) if known else torch.full((count,), 1 / count)
         wrong = measure(source, experts, known)
+        if source.origin.fetched:
+            _drop_shards(source, modules[number : number + 2])
         pairs = [(g, d) for g in wrong["gate_up_proj"] for d in wrong["down_proj"]]
         lost = [wrong["gate_up_proj"][g] + wrong["down_proj"][d] for g, d in pairs]
         options[name] = pairs
@@ -139,6 +145,20 @@ def choose_recipe(
     for (name, _), option in zip(items, allocate(errors, sizes, budget), strict=True):
         chosen[name].append(options[name][option])
     return Recipe("mixed", tuple(rule for name in chosen for rule in _rules(name, chosen[name])))
+
+
+def _drop_shards(
+    source: Source, modules: Sequence[tuple[ExpertsSource, Calibration | None]]
+) -> None:
+    """Drop the shards that the first of these was measured by, but for those of the second."""
+    wanted = [
+        source.needs(_norm_before(module[0].name)).union(
+            *(source.needs(module[0].name, e) for e in measured_experts(*module))
+        )
+        for module in modules
+    ]
+    for shard in wanted[0].difference(*wanted[1:]):
+        source.origin.release(shard)
 
 
 def _rules(name: str, pairs: Sequence[Pair]) -> list[tuple[str, str]]:
@@ -189,8 +209,12 @@ def measured_experts(experts: ExpertsSource, known: Calibration | None) -> list[
 def _random_inputs(source: Source, name: str) -> torch.Tensor:
     """Inputs as the norm before the experts makes them, without a direction of their own."""
     x = torch.randn(_INPUTS, source.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    norm = name.removesuffix(".mlp.experts") + ".post_attention_layernorm.weight"
+    norm = _norm_before(name)
     return x * source.get(norm).float() if norm in source.dense else x
+
+
+def _norm_before(name: str) -> str:
+    return name.removesuffix(".mlp.experts") + ".post_attention_layernorm.weight"
 
 
 def sensitivity(

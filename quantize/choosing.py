@@ -116,7 +116,7 @@ def settle(wish: Wish, source: Source, target: Path, tell: Tell | None = None) -
 
     Raises:
         ValueError: a budget below what the smallest formats take, a source on the Hub that would
-            have to be read for it, a disk or memory that is too small.
+            have to run for it, a disk or memory that is too small.
     """
     if wish.plain:
         return Settled(wish.named)
@@ -126,12 +126,12 @@ def settle(wish: Wish, source: Source, target: Path, tell: Tell | None = None) -
     if sums is not None and sums.complete and sums.job.get("wish") == data:
         return Settled(Recipe.from_dict(sums.job["recipe"]), data)
     alone = wish.calibrate is not None and not wish.gathered and wish.model is None
-    if source.origin.fetched and (wish.sized or alone):
+    if source.origin.fetched and alone:
         name = source.origin.name
         raise ValueError(
-            f"{name}: wanted a directory to choose or calibrate by, got a repository whose shards "
-            f"come one by one; run hf download {name} --local-dir DIR and convert DIR, or name a "
-            "recipe (--recipe q3), with statistics gathered before if it is to be calibrated"
+            f"{name}: wanted a model here to calibrate with, got a repository whose shards come "
+            "one by one; convert it by --recipe fp4 first and give that as --calibrate-model, or "
+            "give statistics that were gathered before"
         )
     kept = _read_choice(staging, data)
     if kept is None:

@@ -162,20 +162,6 @@ def test_options_that_would_be_ignored_are_refused(
     assert Wish(bits=3.0).to_dict()["recipe"] == "fp4"
 
 
-def test_what_would_have_to_be_fetched_whole_is_refused(
-    release: Path, tmp_path: Path, statistics_file: Path
-) -> None:
-    source, text = Source(release), tmp_path / "text.txt"
-    text.write_text("a text")
-    source.origin.fetched = True
-    for wish in (Wish(bits=4), Wish(calibrate=text), Wish(bits=4, calibrate=statistics_file)):
-        with pytest.raises(ValueError, match=r"run hf download \S+ --local-dir DIR and convert"):
-            settle(wish, source, tmp_path / "out")
-    settled = settle(Wish("q3", calibrate=statistics_file), source, tmp_path / "out")
-    assert settled.recipe == get_recipe("q3")
-    assert settled.statistics is not None
-
-
 def test_a_model_too_large_to_calibrate_with_is_refused(
     release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics_file: Path
 ) -> None:

@@ -14,8 +14,9 @@ import huggingface_hub.constants
 import pytest
 from safetensors.torch import load_file, save_file
 
+from quantize.choosing import Wish, settle
 from quantize.config import Recipe, get_recipe
-from quantize.convert import convert
+from quantize.convert import convert, open_source
 from quantize.hub import HubOrigin, is_repository
 
 FP4 = get_recipe("fp4")
@@ -196,6 +197,43 @@ def test_a_later_run_goes_on_with_a_download_and_its_commit(
     assert (shard, 1000) in hub.asked
     assert weights(tmp_path / "hub") == weights(convert(release, tmp_path / "local", FP4))
     assert json.loads((tmp_path / "hub" / "checksums.json").read_text())["job"]["commit"] == COMMIT
+
+
+def test_formats_are_chosen_for_a_size_without_the_source_lying_here(
+    hub: StandIn, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    download = HubOrigin._download
+
+    def counted(self: HubOrigin, name: str) -> None:
+        download(self, name)
+        held.append(len(list(self.directory.glob("*.safetensors"))))
+
+    monkeypatch.setattr(HubOrigin, "_download", counted)
+    settled = {}
+    for source, name in ((REPOSITORY, "hub"), (release, "local")):
+        target, wish = tmp_path / name, Wish(bits=4.0)
+        target.mkdir()
+        opened = open_source(source, target, None, 10**6)
+        assert opened is not None
+        settled[name] = settle(wish, opened, target)
+        convert(source, target, settled[name].recipe, 10**6, wish=wish.to_dict())
+    assert settled["hub"].recipe == settled["local"].recipe
+    assert settled["hub"].recipe.name == "mixed"
+    assert weights(tmp_path / "hub") == weights(tmp_path / "local")
+    assert max(held) < 3
+    asked = [name for name, _ in hub.asked if name.endswith(".safetensors")]
+    # For the header, to choose by, and to convert; a shard of two layers stays for the second.
+    assert all(asked.count(name) <= 3 for name in set(asked))
+
+
+def test_a_repository_is_no_model_to_calibrate_with(hub: StandIn, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    opened = open_source(REPOSITORY, tmp_path / "hub", None, 10**6)
+    assert opened is not None
+    with pytest.raises(ValueError, match="give that as --calibrate-model"):
+        settle(Wish(calibrate=text), opened, tmp_path / "hub")
 
 
 def test_a_finished_target_is_not_that_of_another_repository(hub: StandIn, tmp_path: Path) -> None:

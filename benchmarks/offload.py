@@ -8,7 +8,7 @@ token the page cache of the files that hold experts is dropped, so that `read_by
 
     python benchmarks/offload.py                     a table; about 300 MB of disk, minutes
     python benchmarks/offload.py --json result.json  the same as data too
-    python benchmarks/offload.py --hidden 4096 --layers 2 --tokens 4   V4-Flash's size; 15 GB of disk
+    python benchmarks/offload.py --hidden 4096 --layers 2 --tokens 4   V4-Flash's size, 15 GB
 """
 
 import argparse

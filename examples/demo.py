@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantize
 from finetune.adapters import load_adapters, merge_adapters
 from finetune.config import RunConfig
-from finetune.trainer import train
+from finetune.running import train
 from quantize.convert import convert
 
 ROOT = Path(__file__).resolve().parents[1]

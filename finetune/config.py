@@ -15,6 +15,8 @@ LossOn = Literal["answers", "all"]
 Schedule = Literal["cosine", "constant", "linear"]
 DType = Literal["auto", "float32", "bfloat16"]
 
+# Where a run keeps its settings, in its output directory.
+RUN_FILE = "run.yaml"
 # What may differ between a run and its continuation without changing a single update.
 _FREE_ON_RESUME = ("output", "logging_steps", "save_steps", "expert_memory", "engram_memory")
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import load_adapters, merge_adapters
-from .config import LossOn, RunConfig
+from .config import RUN_FILE, LossOn, RunConfig
 from .data import Examples, encode_records
 from .files import staged
 from .loading import load_model, load_tokenizer
+from .losses import held_out_loss
 from .records import read_records, split_records
-from .trainer import RUN_FILE, held_out_loss
 
 
 def evaluate_files(

@@ -47,7 +47,7 @@ def train(
     for name in ("config", "resume", "as_json", "quiet"):
         del given[name]
     settings = run_config(given, config, resume)
-    from ..trainer import train as run_training
+    from ..running import train as run_training
 
     out = Output(as_json, quiet)
     with show_progress(out.console()) as callback:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune.cli import app, run
 from finetune.config import RunConfig
-from finetune.trainer import train
+from finetune.running import train
 from modeling_dsv4 import Dsv4Config, Dsv4ForCausalLM
 from quantize.config import get_recipe
 from quantize.convert import convert

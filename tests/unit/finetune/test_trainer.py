@@ -21,10 +21,10 @@ from finetune import attach_adapters
 from finetune.config import RunConfig
 from finetune.data import Examples, PackingCollator, PaddingCollator, encode_records
 from finetune.records import Record, split_records
+from finetune.running import _open_output
 from finetune.trainer import (
     AdapterTrainer,
     Prepared,
-    _open_output,
     held_out_loss,
     make_trainer,
     sum_loss,

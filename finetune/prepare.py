@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's data, from its file to encoded rows. No weight is needed for it."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from .config import RunConfig
+from .data import DataReport, Examples, encode_records
+from .records import read_records, split_records
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Encoded data of a run."""
+
+    train: Examples
+    held_out: Examples | None
+    train_report: DataReport
+    held_out_report: DataReport
+
+
+def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Read, split and encode a run's data. No weight is needed for it."""
+    train, held = split_records(read_records(config.data), config.eval_fraction, config.seed)
+    pack_to = config.max_length if config.packing else None
+    some, train_report = encode_records(train, tokenizer, config.max_length, config.loss_on)
+    others, held_report = encode_records(held, tokenizer, config.max_length, config.loss_on)
+    return Prepared(
+        Examples(some, pack_to),
+        Examples(others, pack_to) if others else None,
+        train_report,
+        held_report,
+    )
+
+
+def check_vocabulary(data: Prepared, vocab_size: int) -> None:
+    """Compare the data's tokens with the model's.
+
+    Raises:
+        ValueError: the tokenizer gives ids that the model does not have.
+    """
+    for rows in (data.train, data.held_out):
+        largest = (
+            max((max(i.input_ids) for row in rows.rows for i in row), default=0) if rows else 0
+        )
+        if largest >= vocab_size:
+            raise ValueError(
+                f"tokenizer: wanted ids below the model's {vocab_size}, got {largest}; this is "
+                "another model's tokenizer"
+            )

@@ -64,9 +64,7 @@ def adapter_config(
     )
 
 
-def _check_chosen(
-    model: PreTrainedModel, preset: str, experts: Chosen | None
-) -> HotExperts | None:
+def _check_chosen(model: PreTrainedModel, preset: str, experts: Chosen | None) -> HotExperts | None:
     """A choice of experts in one form, compared with what the preset and the model want."""
     wanted = get_preset(preset)
     if wanted.weights:

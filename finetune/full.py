@@ -35,8 +35,8 @@ LEFT_OUT: dict[str, str] = {
     "drafts": r"mtp\..*",
     "vision": r"vision\..*",
 }
-# What no loss reaches, or what is never run: asking for it would be a mistake.
-_NEVER = ("indexer", "drafts", "vision")
+# What the pass that trains does not run: asking for it would be a mistake.
+_NEVER = ("drafts", "vision")
 
 
 def train_weights(model: PreTrainedModel, also: Sequence[str] = ()) -> dict[str, int]:
@@ -44,7 +44,8 @@ def train_weights(model: PreTrainedModel, also: Sequence[str] = ()) -> dict[str,
 
     Args:
         model: with plain weights only.
-        also: groups that are left out otherwise: "compressors", "router", "tables" or "sinks".
+        also: groups that are left out otherwise: "compressors", "router", "tables", "sinks", or
+            "indexer", which `teach_indexer` trains.
 
     Returns:
         numbers of "tensors" and "parameters" that train.

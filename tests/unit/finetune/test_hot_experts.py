@@ -46,7 +46,13 @@ def _pack(model: PreTrainedModel) -> PreTrainedModel:
 def test_the_fewest_experts_that_cover_the_share_are_chosen() -> None:
     score = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
     mass = RoutingMass({"layers.0.mlp.experts": score}, {}, 100)
-    for share, ids in ((0.3, [1]), (0.4, [1]), (0.41, [1, 3]), (0.9, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
+    for share, ids in (
+        (0.3, [1]),
+        (0.4, [1]),
+        (0.41, [1, 3]),
+        (0.9, [1, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ):
         hot = choose_hot_experts(mass, share)
         assert hot.ids["layers.0.mlp.experts"] == ids
         assert hot.mass["layers.0.mlp.experts"] == pytest.approx(float(score[ids].sum()))

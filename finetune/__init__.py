@@ -6,8 +6,17 @@ grouped projections, routed experts and packed weights.
 """
 
 from .adapters import attach_adapters, merge_adapters
+from .full import train_weights
+from .hot_experts import find_hot_experts
+from .indexer_training import teach_indexer
 from .tuner import register
 
-__all__ = ["attach_adapters", "merge_adapters"]
+__all__ = [
+    "attach_adapters",
+    "merge_adapters",
+    "find_hot_experts",
+    "teach_indexer",
+    "train_weights",
+]
 
 register()

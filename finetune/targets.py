@@ -16,19 +16,39 @@ _LAYER = r"(?:model\.)?layers\.\d+\."
 ATTENTION = _LAYER + r"self_attn\.(?:q_a_proj|q_b_proj|kv_proj|o_a_proj|o_b_proj)"
 SHARED = _LAYER + r"mlp\.shared_experts\.(?:gate_proj|up_proj|down_proj)"
 EXPERTS = _LAYER + r"mlp\.experts"
+# In no preset: it learns from a loss of its own, see `indexer_training.py`.
+INDEXER = (
+    _LAYER + r"self_attn\.indexer\.(?:q_b_proj|weights_proj|k_proj|compressor\.(?:kv|gate)_proj)"
+)
 
-PRESETS: dict[str, tuple[str, ...]] = {
-    "attention": (ATTENTION,),
-    "attention+shared": (ATTENTION, SHARED),
-    "all": (ATTENTION, SHARED, EXPERTS),
+
+@dataclass(frozen=True)
+class Preset:
+    """What one word means.
+
+    Attributes:
+        about: a line for people.
+        patterns: names of the modules that get low-rank adapters.
+        hot: only the experts that the data routes to, see `hot_experts.py`.
+        weights: no adapters; the weights themselves train, see `full.py`.
+    """
+
+    about: str
+    patterns: tuple[str, ...] = ()
+    hot: bool = False
+    weights: bool = False
+
+
+PRESETS: dict[str, Preset] = {
+    "attention": Preset("adapters on attention", (ATTENTION,)),
+    "attention+shared": Preset("and on shared experts", (ATTENTION, SHARED)),
+    "all": Preset("and on routed experts", (ATTENTION, SHARED, EXPERTS)),
+    "hot-experts": Preset("adapters on the experts that the data routes to", (EXPERTS,), hot=True),
+    "full": Preset("training of the weights themselves", weights=True),
 }
 DEFAULT_PRESET = "all"
 # Names that are spoken for; they will mean this and nothing else.
-RESERVED = {
-    "hot-experts": "adapters on the experts that the data routes to",
-    "memory": "sparse row deltas of the Engram tables",
-    "full": "training of the weights themselves",
-}
+RESERVED = {"memory": "sparse row deltas of the Engram tables"}
 # From this rank on the scale is rank-stabilised: alpha / sqrt(r) instead of alpha / r.
 STABILISED_RANK = 64
 
@@ -44,8 +64,8 @@ class Ranks:
     stabilised: bool
 
 
-def preset_patterns(preset: str) -> tuple[str, ...]:
-    """Return the patterns of a preset.
+def get_preset(preset: str) -> Preset:
+    """Look a preset up.
 
     Raises:
         NotImplementedError: a reserved name that has no meaning yet.
@@ -59,6 +79,11 @@ def preset_patterns(preset: str) -> tuple[str, ...]:
             f"{', '.join(PRESETS)}"
         )
     raise ValueError(f"preset: wanted one of {', '.join(PRESETS)}, got {preset!r}")
+
+
+def preset_patterns(preset: str) -> tuple[str, ...]:
+    """Patterns of the modules that a preset puts adapters on; errors as `get_preset`."""
+    return get_preset(preset).patterns
 
 
 def target_regex(preset: str) -> str:

@@ -17,6 +17,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
+from modeling_dsv4.moe import ExpertsBase
+
+from .hot_layers import LoraSomeExperts
 from .identity import base_identity, is_ours
 from .layers import LAYER_KINDS, BesideLora, LoraPackedLinear, is_packed_linear
 
@@ -43,6 +46,8 @@ class Dsv4LoraModel(LoraModel):
         base: Any = target
         if isinstance(target, BaseTunerLayer):
             base = target.get_base_layer()
+        if isinstance(base, ExpertsBase):
+            return LoraSomeExperts(target, adapter_name, config=lora_config, **kwargs)
         for kind, layer in LAYER_KINDS:
             if isinstance(base, kind):
                 return layer(target, adapter_name, config=lora_config, **kwargs)

@@ -81,6 +81,16 @@ class Indexer(nn.Module):
         cache: LayerCache | None,
     ) -> torch.Tensor:
         """Rotated index keys of the entries that close in this pass: [B, M, J]."""
+        return self.make_keys(hidden_states, latents, segments, cache)
+
+    def make_keys(
+        self,
+        hidden_states: torch.Tensor,
+        latents: torch.Tensor,
+        segments: Segments,
+        cache: LayerCache | None,
+    ) -> torch.Tensor:
+        """`new_keys` with a gradient, for who trains the indexer."""
         windows = segments.windows(self.ratio)
         if self.config.index_key == "compressor":
             ring = None if cache is None else cache.index_pool

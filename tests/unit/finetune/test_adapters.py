@@ -62,7 +62,7 @@ def test_fresh_adapters_change_nothing(make_model: MakeModel, kind: str) -> None
 
 @pytest.mark.parametrize("storage", ["plain", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("preset", ["attention", "attention+shared", "all"])
+@pytest.mark.parametrize("preset", ["attention", "attention+shared", "all", "hot-experts"])
 def test_every_adapter_tensor_has_a_gradient_after_the_second_step(
     make_model: MakeModel, kind: str, preset: str, storage: str
 ) -> None:
@@ -71,7 +71,9 @@ def test_every_adapter_tensor_has_a_gradient_after_the_second_step(
         model = _pack(model)
     hit = _experts_hit(model, ids)
     assert all(len(experts) == model.config.n_routed_experts for experts in hit)
-    tuned = attach_adapters(model, preset, r=4).train()
+    some = {f"layers.{i}.mlp.experts": [i, i + 2, 7] for i in range(3)}
+    hot = some if preset == "hot-experts" else None
+    tuned = attach_adapters(model, preset, r=4, experts=hot).train()
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):
         optimizer.zero_grad()

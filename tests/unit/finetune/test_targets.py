@@ -8,7 +8,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from finetune.targets import choose_ranks, match_targets, preset_patterns, target_regex
+from finetune.full import train_weights
+from finetune.targets import (
+    INDEXER,
+    PRESETS,
+    choose_ranks,
+    match_targets,
+    preset_patterns,
+    target_regex,
+)
 from modeling_dsv4 import Dsv4Config, Dsv4Model
 
 KINDS = ("v4", "v4.1")
@@ -26,17 +34,73 @@ def test_presets_grow_by_group(make_model: Callable[..., PreTrainedModel], kind:
     assert counts == [5 * layers, 8 * layers, 9 * layers]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_preset_meets_indexer_compressor_router_engram_or_draft(
+def _with_everything(make_model: Callable[..., PreTrainedModel], kind: str) -> PreTrainedModel:
+    """Every mechanism of a family: draft heads of both kinds, Engram, shared sources."""
+    draft = {"num_draft_layers": 1, "draft_kind": "mtp"}
+    if kind != "v4 mtp":
+        draft = {
+            "num_draft_layers": 2,
+            "draft_kind": "dspark",
+            "dspark_target_layer_ids": [1, 2],
+            "dspark_block_size": 3,
+            "dspark_markov_rank": 8,
+            "dspark_noise_token_id": 4,
+        }
+    return make_model(kind.split()[0], **draft)
+
+
+# Whatever is behind top-k, chooses experts, names rows of tables, or is not the backbone.
+FORBIDDEN = re.compile(
+    r"indexer|compressor|mlp\.gate\b|e_score_correction|tid2eid|engram\.embed|engram_hash"
+    r"|token_map|^mtp\."
+)
+
+
+@pytest.mark.parametrize("preset", [name for name, p in PRESETS.items() if p.patterns])
+@pytest.mark.parametrize("kind", ["v4 mtp", "v4 dspark", "v4.1 dspark"])
+def test_no_preset_meets_indexer_compressor_router_tables_or_draft(
+    make_model: Callable[..., PreTrainedModel], kind: str, preset: str
+) -> None:
+    model = _with_everything(make_model, kind)
+    names = _names(model)
+    assert any(name.startswith("mtp.0.self_attn.q_b_proj") for name in names)
+    assert any(name.endswith("indexer.q_b_proj") for name in names)
+    assert any(name.endswith("mlp.gate") for name in names)
+    assert ("model.layers.1.engram.embed" in names) == (kind == "v4.1 dspark")
+    found = match_targets(names, preset)
+    assert found
+    others = re.compile(FORBIDDEN.pattern + "|engram|_hc|norm|lm_head|embed|vision")
+    assert not [name for name in found if others.search(name)]
+    # Adapters stand on linear maps and experts, never on what only chooses.
+    kinds = {type(model.get_submodule(name)).__name__ for name in found}
+    assert kinds <= {"Linear", "GroupedLinear", "Dsv4Experts"}
+
+
+@pytest.mark.parametrize("kind", ["v4 mtp", "v4 dspark", "v4.1 dspark"])
+def test_full_leaves_the_same_alone(make_model: Callable[..., PreTrainedModel], kind: str) -> None:
+    model = _with_everything(make_model, kind)
+    train_weights(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    left = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert not [name for name in trained if FORBIDDEN.search(name)]
+    assert all(FORBIDDEN.search(name) or name.endswith("sinks") for name in left)
+    every = {name for name in left if FORBIDDEN.search(name)}
+    assert any("indexer" in name for name in every)
+    assert any("mlp.gate" in name for name in every)
+
+
+@pytest.mark.parametrize("kind", ["v4 mtp", "v4.1 dspark"])
+def test_the_indexers_own_pattern_meets_its_projections_and_nothing_else(
     make_model: Callable[..., PreTrainedModel], kind: str
 ) -> None:
-    draft = {"draft_kind": "mtp", "num_draft_layers": 1} if kind == "v4" else {}
-    names = _names(make_model(kind, **draft))
-    assert any(name.startswith("mtp.0.self_attn") for name in names) == bool(draft)
-    assert any("indexer" in name for name in names)
-    forbidden = re.compile(r"indexer|compressor|mtp|gate$|engram|_hc|norm|lm_head|embed")
-    for preset in ("attention", "attention+shared", "all"):
-        assert not [name for name in match_targets(names, preset) if forbidden.search(name)]
+    model = _with_everything(make_model, kind)
+    found = [name for name in _names(model) if re.fullmatch(INDEXER, name)]
+    expected = [
+        name
+        for name, module in model.named_modules()
+        if ".indexer." in name and isinstance(module, torch.nn.Linear)
+    ]
+    assert found == expected != []
 
 
 def test_the_bare_backbone_is_met_too(make_config: Callable[..., Dsv4Config]) -> None:
@@ -48,10 +112,9 @@ def test_a_model_without_such_modules_is_refused() -> None:
         match_targets(["layers.0.self_attn.q_proj"], "attention")
 
 
-@pytest.mark.parametrize("preset", ["hot-experts", "memory", "full"])
-def test_reserved_presets_name_what_exists(preset: str) -> None:
-    with pytest.raises(NotImplementedError, match=r"attention, attention\+shared, all"):
-        preset_patterns(preset)
+def test_reserved_presets_name_what_exists() -> None:
+    with pytest.raises(NotImplementedError, match=r"attention, attention\+shared, all, hot"):
+        preset_patterns("memory")
 
 
 def test_unknown_presets_are_refused() -> None:

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which experts a text routes to, and the fewest that carry a share of it (ESFT, arXiv 2407.01906).
+
+The frozen model reads some of the training data. Two scores of an expert (ESFT §3.2), both summing
+to 1 over a layer:
+
+| score | what is counted |
+|---|---|
+| `token` | token-expert pairs: how often it was chosen |
+| `gate` | routing weights: how much of the layer's output it was asked for |
+
+Per layer the experts are ranked, and the smallest set that reaches the share gets adapters. ESFT
+trains whole experts and stays at shares of 0.1 (gate) and 0.2 (token); a low-rank adapter costs a
+hundredth of an expert, so the default share here is larger. An expert that is left out would have
+seen few of the updates anyway: less than (1 - share) of them go to all of those together.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+from rich.table import Table
+from torch import nn
+
+from modeling_dsv4.moe import Dsv4MoE, Dsv4Router
+
+Score = Literal["token", "gate"]
+SCORES: tuple[Score, ...] = ("token", "gate")
+DEFAULT_SHARE = 0.5
+# What ESFT reads: 32 sequences of 4,096 tokens.
+DEFAULT_TOKENS = 1 << 17
+# Where adapter_config.json keeps the choice: beside the base's identity, which PEFT stores unread.
+HOT_KEY = "hot_experts"
+
+
+@dataclass(frozen=True)
+class RoutingMass:
+    """What was counted: by experts module, scores [E] float64 that sum to 1.
+
+    Names are relative to the backbone (`layers.3.mlp.experts`). `tokens`: how many were read.
+    """
+
+    token: Mapping[str, torch.Tensor]
+    gate: Mapping[str, torch.Tensor]
+    tokens: int
+
+    def of(self, score: Score) -> Mapping[str, torch.Tensor]:
+        return self.token if score == "token" else self.gate
+
+
+@dataclass(frozen=True)
+class HotExperts:
+    """The chosen experts of every experts module, ascending, and how they were chosen.
+
+    Attributes:
+        ids: by module name relative to the backbone.
+        mass: share of the score that they cover, at least `share`.
+        num_experts: E.
+        share: what was asked for.
+        score: "token" or "gate"; "given" for a choice that was not counted.
+        tokens: how many tokens were read.
+    """
+
+    ids: Mapping[str, Sequence[int]]
+    mass: Mapping[str, float]
+    num_experts: int
+    share: float
+    score: str
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for adapter_config.json."""
+        return {
+            "ids": {name: list(ids) for name, ids in self.ids.items()},
+            "mass": dict(self.mass),
+            "num_experts": self.num_experts,
+            "share": self.share,
+            "score": self.score,
+            "tokens": self.tokens,
+        }
+
+    @classmethod
+    def of(cls, config: LoraConfig) -> "HotExperts | None":
+        """The choice that an adapter was made with; None for an adapter on all experts."""
+        values = (config.auto_mapping or {}).get(HOT_KEY)
+        return None if values is None else cls(**values)
+
+    @classmethod
+    def given(cls, ids: Mapping[str, Sequence[int]], num_experts: int) -> "HotExperts":
+        """A choice that somebody else made; names with or without the `model.` in front."""
+        named = {relative(name): sorted(set(chosen)) for name, chosen in ids.items()}
+        return cls(named, {}, num_experts, 0.0, "given", 0)
+
+    def ids_of(self, module: str) -> list[int]:
+        """The chosen experts of a module.
+
+        Raises:
+            ValueError: none were chosen for it, or ids that it does not have.
+        """
+        ids = list(self.ids.get(relative(module), ()))
+        if not ids or not 0 <= ids[0] <= ids[-1] < self.num_experts or ids != sorted(set(ids)):
+            raise ValueError(
+                f"hot experts of {module}: wanted ascending ids below {self.num_experts}, got "
+                f"{ids[:8] or 'none'}; choose them with choose_hot_experts for this model"
+            )
+        return ids
+
+
+def relative(module: str) -> str:
+    """A module's name from the backbone on, so that a causal LM and its backbone agree."""
+    return module.removeprefix("model.")
+
+
+def measure_routing(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    tokens: int = DEFAULT_TOKENS,
+    progress: Callable[[int], None] | None = None,
+) -> RoutingMass:
+    """Let a model read batches until `tokens` are reached, and count where they are routed.
+
+    Args:
+        model: a Dsv4 model; experts in any form, on disk too. Its weights are not touched.
+        batches: what its `forward` takes; `labels` are left out, pads are not counted.
+        tokens: at least so many are read, if there are as many.
+        progress: called with the number of tokens read.
+
+    Raises:
+        ValueError: no layers with experts, or no tokens.
+    """
+    layers = _routers(model)
+    counts = {n: torch.zeros(2, len(r.weight), dtype=torch.float64) for n, r in layers.items()}
+    read, training = 0, model.training
+    model.eval()
+    try:
+        for batch in batches:
+            valid = _real_tokens(batch)
+            with _counting(layers, counts, valid), torch.no_grad():
+                model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+            read += int(valid.sum())
+            if progress is not None:
+                progress(read)
+            if read >= tokens:
+                break
+    finally:
+        model.train(training)
+    if not read:
+        raise ValueError("hot experts: wanted some tokens to count, got none")
+    shares = {name: both / both.sum(-1, keepdim=True) for name, both in counts.items()}
+    return RoutingMass(
+        {name: both[0] for name, both in shares.items()},
+        {name: both[1] for name, both in shares.items()},
+        read,
+    )
+
+
+def _routers(model: nn.Module) -> dict[str, Dsv4Router]:
+    """The routers of a backbone's layers, by the names of their experts.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = {relative(n): m for n, m in model.named_modules() if isinstance(m, Dsv4MoE)}
+    layers = {f"{n}.experts": m.gate for n, m in found.items() if n.startswith("layers.")}
+    if not layers:
+        raise ValueError("hot experts: wanted a dsv4 model with routed experts, got none")
+    return layers
+
+
+def _real_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Which of the rows that pass the layers are tokens: [B * S] bool. The model drops pads."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None or bool(mask.bool().all()):
+        return torch.ones(ids.numel(), dtype=torch.bool)
+    sizes = mask.bool().sum(1).cpu()
+    return (torch.arange(max(int(sizes.max()), 1)) < sizes[:, None]).flatten()
+
+
+@contextmanager
+def _counting(
+    layers: Mapping[str, Dsv4Router], counts: Mapping[str, torch.Tensor], valid: torch.Tensor
+) -> Iterator[None]:
+    """Inside the block every router adds its choices of the valid rows to its counts [2, E]."""
+
+    def watch(count: torch.Tensor) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+            weights, indices = (x.detach().cpu()[valid] for x in output[1:])
+            ids = indices.flatten()
+            count[0] += torch.bincount(ids, minlength=count.shape[1])
+            count[1].index_add_(0, ids, weights.flatten().double())
+
+        return hook
+
+    handles = [r.register_forward_hook(watch(counts[name])) for name, r in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def choose_hot_experts(
+    mass: RoutingMass, share: float = DEFAULT_SHARE, score: Score = "token"
+) -> HotExperts:
+    """The fewest experts of every layer that together reach a share of its score.
+
+    Raises:
+        ValueError: a share outside (0, 1], or an unknown score.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"hot_share: wanted more than 0 and at most 1, got {share}")
+    if score not in SCORES:
+        raise ValueError(f"hot_score: wanted one of {', '.join(SCORES)}, got {score!r}")
+    ids, covered, experts = {}, {}, 0
+    for name, values in mass.of(score).items():
+        experts = len(values)
+        # Stable: among equals the lower id is chosen, on every machine.
+        order = values.argsort(descending=True, stable=True)
+        reached = values[order].cumsum(0)
+        count = int((reached < share - 1e-9).sum()) + 1
+        ids[name] = sorted(order[:count].tolist())
+        covered[name] = float(reached[min(count, experts) - 1])
+    return HotExperts(ids, covered, experts, share, score, mass.tokens)
+
+
+def find_hot_experts(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Sequence[int]]],
+    *,
+    share: float = DEFAULT_SHARE,
+    score: Score = "token",
+    tokens: int = DEFAULT_TOKENS,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> HotExperts:
+    """Count and choose in one call.
+
+    Args:
+        model: without adapters.
+        rows: a run's examples (`data.Examples`), read one at a time in the seed's order.
+        share: of the score that is to be covered.
+        score: "token" or "gate".
+        tokens: how many are read at most, to the end of a row.
+        seed: of the order.
+        progress: called with the number of tokens read.
+    """
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    device = next(model.parameters()).device
+    batches = (
+        {
+            key: torch.tensor([list(values)], device=device)
+            for key, values in rows[i].items()
+            if key in ("input_ids", "position_ids")
+        }
+        for i in order
+    )
+    return choose_hot_experts(measure_routing(model, batches, tokens, progress), share, score)
+
+
+def check_hot(hot: HotExperts, model: nn.Module) -> None:
+    """Compare a choice with a model.
+
+    Raises:
+        ValueError: another number of experts, or a layer without a choice.
+    """
+    for name, router in _routers(model).items():
+        if len(router.weight) != hot.num_experts:
+            raise ValueError(
+                f"hot experts: wanted a choice among {len(router.weight)} experts, got one among "
+                f"{hot.num_experts}; it was made for another model"
+            )
+        hot.ids_of(name)
+
+
+def hot_table(hot: HotExperts, parameters_per_expert: int) -> Table:
+    """A row per layer: how many experts, how much of the routing they cover, and what they cost."""
+    title = f"hot experts: {hot.share:.0%} of {hot.score} mass, {hot.tokens:,} tokens read"
+    if hot.score == "given":
+        title = "hot experts, as given"
+    table = Table(title=title)
+    for heading in ("layer", "experts", "of", "mass covered", "parameters"):
+        table.add_column(heading, justify="right")
+    for name, ids in hot.ids.items():
+        mass = hot.mass.get(name)
+        table.add_row(
+            name.split(".")[1],
+            str(len(ids)),
+            str(hot.num_experts),
+            "-" if mass is None else f"{mass:.1%}",
+            f"{len(ids) * parameters_per_expert:,}",
+        )
+    chosen = sum(len(ids) for ids in hot.ids.values())
+    mean = sum(hot.mass.values()) / len(hot.mass) if hot.mass else None
+    table.add_section()
+    table.add_row(
+        "all",
+        str(chosen),
+        str(hot.num_experts * len(hot.ids)),
+        "-" if mean is None else f"{mean:.1%}",
+        f"{chosen * parameters_per_expert:,}",
+    )
+    return table

@@ -26,6 +26,7 @@ from torch import nn
 
 from . import ops
 from .cache import LayerCache
+from .cache_offload import FarRows
 from .cache_storage import CachedRows, PackedRows
 from .compressor import Compressor
 from .configuration_dsv4 import Dsv4Config
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 _DENSE_UP_TO = 8
 # One block of queries may hold this many float32 numbers of scores and gathered entries (64 MiB).
 _BLOCK_NUMBERS = 1 << 24
+# What a kernel reads of entries that lie elsewhere is fetched by so many numbers (128 MiB).
+_FETCHED_NUMBERS = 1 << 26
 
 
 class Shared(NamedTuple):
@@ -217,7 +220,10 @@ class Dsv4Attention(Float32Parameters):
             cache.window.write(k, segments)
             k = keys
         entries, ids = self._readable(shared)
-        if not isinstance(entries, PackedRows) and not record and use_triton(self.kernels, q):
+        packed = isinstance(entries, PackedRows) and not (
+            isinstance(entries, FarRows) and entries.plain
+        )
+        if not packed and not record and use_triton(self.kernels, q):
             return self._attend_by_kernel(q, k, entries, ids, past, segments, turn), None
         blocks = self._blocks(q, entries, ids)
         reads = (self._read(part, k, past, entries, ids, segments) for part in blocks)
@@ -290,7 +296,7 @@ class Dsv4Attention(Float32Parameters):
         self,
         q: torch.Tensor,
         k: torch.Tensor,
-        entries: torch.Tensor | None,
+        entries: CachedRows | None,
         ids: torch.Tensor | None,
         past: int,
         segments: Segments,
@@ -303,8 +309,41 @@ class Dsv4Attention(Float32Parameters):
             windows = segments.windows(self.ratio)
             begin, end = windows.upto - windows.own, windows.upto
         first = segments.start - segments.state.seen[:, None] + past  # [B, S]
+        if isinstance(entries, FarRows):
+            if ids is not None:
+                return self._attend_far(q, k, entries, ids, first, past, turn)
+            entries = entries[:, :]
+        assert not isinstance(entries, PackedRows)
         reads = Reads(first, ids, begin, end, past, self.config.sliding_window)
         return attend(q, k, entries, self.sinks, self.scaling, reads, turn)
+
+    def _attend_far(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        entries: FarRows,
+        ids: torch.Tensor,
+        first: torch.Tensor,
+        past: int,
+        turn: torch.Tensor,
+    ) -> torch.Tensor:
+        """Blocks of queries by the kernel, each over the entries that were fetched for it."""
+        from .kernels.attention import Reads, attend
+
+        (b, s), kept = q.shape[:2], ids.shape[2]
+        # Even blocks, none of which is so small that the kernel would cut its keys otherwise.
+        blocks = -(-b * s * kept * self.channels // _FETCHED_NUMBERS)
+        step = -(-s // min(blocks, s))
+        out = []
+        for at in range(0, s, step):
+            part = slice(at, min(at + step, s))
+            some = entries.take(ids[:, part]).flatten(1, 2)
+            own = torch.arange(some.shape[1], dtype=torch.int32, device=ids.device)
+            own = torch.where(ids[:, part] < 0, -1, own.view(1, -1, kept))
+            # Query x of the block stands behind the keys of those before it.
+            reads = Reads(first[:, part], own, None, None, past + at, self.config.sliding_window)
+            out.append(attend(q[:, part], k, some, self.sinks, self.scaling, reads, turn[:, part]))
+        return torch.cat(out, dim=1)
 
     def _readable(self, shared: Shared) -> tuple[CachedRows | None, torch.Tensor | None]:
         """Entries this layer may read, and which of them each query chose (None: all it sees)."""
@@ -325,7 +364,9 @@ class Dsv4Attention(Float32Parameters):
             chosen = ids[:, part]
             if entries.shape[1] > _DENSE_UP_TO * ids.shape[2]:
                 return ops.gather_entries(entries, chosen), chosen >= 0
-            return entries[:, :], ops.chosen_mask(chosen, entries.shape[1])
+            # Who is masked may be anything finite: what lies elsewhere is not fetched for it.
+            rows = entries.only(chosen) if isinstance(entries, FarRows) else entries[:, :]
+            return rows, ops.chosen_mask(chosen, entries.shape[1])
         windows = segments.windows(self.ratio)
         upto = entries.shape[1] if segments.step else int(windows.upto[:, part].max())
         if upto == 0:

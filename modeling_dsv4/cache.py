@@ -6,7 +6,8 @@ Three kinds of store hold everything:
 - `Ring`: the last tokens of a row (window keys, a compressor's values and gates, Engram ids), slot
   = row index mod capacity. It is a little longer than needed, so that a few tokens can be taken
   back by moving the counters alone.
-- `Rows`: compressed entries and index keys, appended; `CodedRows` keeps them packed.
+- `Rows`: compressed entries and index keys, appended; `CodedRows` keeps them packed, `FarStore`
+  keeps entries elsewhere (`cache_offload.py`).
 - `RowState`: the counters.
 
 Rows of a batch may stand at different lengths. With `max_length` everything is allocated in the
@@ -16,20 +17,17 @@ first pass and stays where it is, counters included: a step of one token then ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from transformers.cache_utils import Cache
 
 from . import cache_files
-from .cache_storage import (
-    bytes_per_token,
-    check_storage,
-    entry_codec,
-    key_codec,
-)
+from .cache_offload import FarStore, OffloadCounts, check_offload
+from .cache_storage import PlainCodec, bytes_per_token, check_storage, entry_codec, key_codec
 from .cache_stores import CodedRows, DraftRings, Ring, Rows
+from .cache_tiers import far_store
 from .configuration_dsv4 import Dsv4Config
 from .segments import RowState, Segments
 
@@ -44,6 +42,7 @@ class LayerCache:
         slack: int,
         storage: str = "plain",
         max_length: int | None = None,
+        far: Callable[[], FarStore] | None = None,
     ) -> None:
         ratio = config.compress_ratios[layer_idx]
         span = 2 * ratio if ratio == config.compressor_overlap_ratio else ratio
@@ -52,7 +51,8 @@ class LayerCache:
         packed = storage == "packed"
         most = None if max_length is None else max(max_length // max(ratio, 1), 1)
         entry, key = (entry_codec(config), key_codec(config)) if packed else (None, None)
-        self.entries = CodedRows(entry, most) if entry else Rows(most)
+        near = CodedRows(entry, most) if entry else Rows(most)
+        self.entries: Rows = far() if far else near
         self.index_pool = Ring(span + slack)
         self.index_keys = CodedRows(key, most) if key else Rows(most)
 
@@ -79,6 +79,10 @@ class Dsv4Cache(Cache):
             allocated in the first pass and keeps its place, and a step of one column runs in fixed
             shapes that `torch.compile(model, fullgraph=True)` traces once; compiled, or on a
             device, a step takes any position but 0 to continue. None grows as needed.
+        offload: where compressed entries lie, of which a query reads a bounded number: "cpu" keeps
+            them in host memory beside a model on a GPU, a directory in files without names there,
+            which end with the cache; None where the model computes. No bit changes. There are no
+            gradients, and no `max_length`.
 
     Whoever replays a captured step moves `columns` too: it is Python's, the other counters are the
     device's.
@@ -94,13 +98,21 @@ class Dsv4Cache(Cache):
         max_rewind: int = 64,
         storage: str = "plain",
         max_length: int | None = None,
+        offload: str | Path | None = None,
     ) -> None:
         check_storage(storage)
+        check_offload(offload, max_length)
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length: wanted at least 1 column, got {max_length}")
         layers = range(config.num_hidden_layers)
-        self.layers = [LayerCache(config, i, max_rewind, storage, max_length) for i in layers]
+        self.offload_counts = OffloadCounts()
+        far = None
+        if offload is not None:
+            codec = entry_codec(config) if storage == "packed" else PlainCodec(config.head_dim)
+            far = far_store(offload, codec, self.offload_counts)
+        self.layers = [LayerCache(config, i, max_rewind, storage, max_length, far) for i in layers]
         self.config, self.storage, self.max_length = config, storage, max_length
+        self.offload = offload
         self.layer_class_to_replicate = None
         self.offloading = False
         self.max_rewind = max_rewind
@@ -135,10 +147,11 @@ class Dsv4Cache(Cache):
 
     def begin(self, batch: int, device: torch.device, columns: int = 0) -> RowState:
         """The row state before a pass over `batch` rows of `columns` more."""
-        if self.storage == "packed" and torch.is_grad_enabled():
+        if (self.storage == "packed" or self.offload is not None) and torch.is_grad_enabled():
+            what = 'storage="packed"' if self.storage == "packed" else "a cache with offload"
             raise ValueError(
-                'storage="packed" has no gradients: wanted torch.no_grad() around the pass, or in '
-                'training a cache with storage="plain"'
+                f"{what} has no gradients: wanted torch.no_grad() around the pass, or in "
+                'training a cache with storage="plain" and no offload'
             )
         if self._open:
             raise ValueError(
@@ -303,7 +316,7 @@ class Dsv4Cache(Cache):
 
     def _drop(self) -> None:
         for _, store in self.named_stores():
-            store.data = None
+            store.drop()
         self.state = self._rewindable = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -313,13 +326,7 @@ class Dsv4Cache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, in that order."""
         for _, store in self.named_stores():
-            if store.data is None:
-                continue
-            rows = store.data.index_select(0, indices.to(store.data.device))
-            if self.is_static and rows.shape == store.data.shape:
-                store.data.copy_(rows)
-            else:
-                store.data = rows
+            store.select(indices, in_place=self.is_static)
         if self.state is not None:
             s, at = self.state, indices.to(self.state.seen.device)
             entries = {w: n[at] for w, n in s.entries.items()}
@@ -354,6 +361,7 @@ class Dsv4Cache(Cache):
         config: Dsv4Config,
         input_ids: torch.Tensor | None = None,
         device: str | torch.device = "cpu",
+        offload: str | Path | None = None,
     ) -> Dsv4Cache:
         """Read a cache that `save` wrote, for the model that made it.
 
@@ -363,11 +371,13 @@ class Dsv4Cache(Cache):
                 of another dtype refuses the cache in its first pass.
             input_ids: [B, >= columns]; refused unless they begin with what was saved.
             device: where the cache is to lie.
+            offload: where its entries are to lie, as the constructor takes it; whatever it was for
+                the cache saved.
 
         Raises:
             ValueError: a truncated or foreign file, another configuration, other ids.
         """
-        return cache_files.load(cls, path, config, input_ids, device)
+        return cache_files.load(cls, path, config, input_ids, device, offload)
 
     def counters(self) -> list[torch.Tensor]:
         """All numbers on the device that a pass moves on; none before the first pass."""
@@ -376,8 +386,12 @@ class Dsv4Cache(Cache):
         return [*self.state.tensors(), self._rewindable]
 
     def memory_bytes(self) -> int:
-        """Bytes held by all stores."""
-        return sum(s.data.nbytes for _, s in self.named_stores() if s.data is not None)
+        """Bytes of memory held by all stores, of the host and of the model's device."""
+        return sum(store.nbytes for _, store in self.named_stores())
+
+    def disk_bytes(self) -> int:
+        """Bytes of entries that lie in files."""
+        return sum(store.disk_bytes for _, store in self.named_stores())
 
     @staticmethod
     def bytes_per_token(

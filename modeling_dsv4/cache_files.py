@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
+from .cache_stores import Store
 from .configuration_dsv4 import Dsv4Config
 from .safetensors_file import DTYPES, read_header, write_file
 from .segments import RowState
@@ -53,9 +54,8 @@ def save(cache: Dsv4Cache, path: str | Path, input_ids: torch.Tensor | None) -> 
     _leave_out_room(cache, state)
     # What a draft head keeps stays out: any model of this backbone may go on from the file.
     stores = (x for x in cache.named_stores() if not x[0].startswith("drafts."))
-    held = ((name, store.held()) for name, store in stores)
-    tensors |= {name: data for name, data in held if data is not None}
-    _write(Path(path), tensors, _architecture(cache.config), facts)
+    held = {name: store for name, store in stores if store.batch}
+    _write(Path(path), tensors, held, _architecture(cache.config), facts)
 
 
 def _leave_out_room(cache: Dsv4Cache, state: RowState) -> None:
@@ -73,20 +73,24 @@ def load(
     config: Dsv4Config,
     input_ids: torch.Tensor | None,
     device: str | torch.device,
+    offload: str | Path | None,
 ) -> Dsv4Cache:
     """What `Dsv4Cache.load` does; `kind` is that class."""
     path = Path(path)
-    tensors, saved, facts = _read(path, device)
+    tensors, saved, facts = _read(path)
     _check_same(path, saved, _architecture(config))
     try:
-        cache = kind(config, facts["max_rewind"], facts["storage"])
+        cache = kind(config, facts["max_rewind"], facts["storage"], offload=offload)
         cache.columns, cache.rewindable = facts["columns"], facts["rewindable"]
         entries = {ratio: tensors.pop(f"state.entries.{ratio}") for ratio in cache.ratios}
         counters = {name: tensors.pop(f"state.{name}") for name in _COUNTERS}
+        # Copied: the cache is written in place, and the file may be replaced meanwhile.
+        counters = {name: x.to(device, copy=True) for name, x in counters.items()}
+        entries = {ratio: x.to(device, copy=True) for ratio, x in entries.items()}
         cache.state = RowState(**counters, entries=entries, blank=False)
         for name, store in cache.named_stores():
             if name in tensors or name.endswith(".window"):
-                store.restore(tensors.pop(name))
+                store.restore(tensors.pop(name), device)
         ids = facts["ids"]
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: wanted all parts of a cache, got none of {error}") from None
@@ -118,7 +122,7 @@ def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
 def _check_rows(path: Path, cache: Dsv4Cache, left: Mapping[str, torch.Tensor]) -> None:
     """Refuse tensors that belong nowhere, and stores of another number of rows."""
     batch = {cache.max_batch_size}
-    batch |= {store.data.shape[0] for _, store in cache.named_stores() if store.data is not None}
+    batch |= {store.batch for _, store in cache.named_stores() if store.batch}
     if left or len(batch) != 1:
         raise ValueError(
             f"{path}: wanted the stores of one cache, got batches of {sorted(batch)} rows and "
@@ -141,11 +145,14 @@ def _digest(cache: Dsv4Cache, input_ids: torch.Tensor) -> str:
 def _write(
     path: Path,
     tensors: Mapping[str, torch.Tensor],
+    stores: Mapping[str, Store],
     architecture: dict[str, Any],
     facts: dict[str, Any],
 ) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    entries = {name: (_DTYPE_NAMES[x.dtype], tuple(x.shape)) for name, x in tensors.items()}
+    layouts = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+    layouts |= {name: store.layout() for name, store in stores.items()}
+    entries = {name: (_DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in layouts.items()}
     metadata = {
         "kind": _KIND,
         "version": _VERSION,
@@ -153,16 +160,17 @@ def _write(
         "facts": json.dumps(facts),
     }
     try:
-        write_file(temporary, entries, tensors.__getitem__, metadata)
+        # One store after the other: what lies in files does not come into memory as a whole.
+        write_file(
+            temporary, entries, lambda n: tensors[n] if n in tensors else stores[n].held(), metadata
+        )
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _read(
-    path: Path, device: str | torch.device
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
-    """Tensors, configuration and facts of a file."""
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+    """Tensors, mapped from the file, configuration and facts."""
     names = read_header(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
@@ -177,6 +185,5 @@ def _read(
             saved, facts = dict(json.loads(metadata["config"])), dict(json.loads(metadata["facts"]))
         except (KeyError, ValueError, TypeError):
             raise ValueError(f"{path}: wanted config and facts as JSON in its metadata") from None
-        # Copied: the cache is written in place, and the file may be replaced meanwhile.
-        tensors = {name: file.get_tensor(name).to(device, copy=True) for name in names}
+        tensors = {name: file.get_tensor(name) for name in names}
     return tensors, saved, facts

@@ -42,6 +42,10 @@ class RowCodec:
         used = self.coded.nbytes((1, self.channels - self.plain)) + self.plain * dtype.itemsize
         return -(-used // _WORD) * _WORD
 
+    def stored(self, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows [..., bytes] as a store keeps them."""
+        return packed
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Rows [B, M, C] to [B, M, bytes] uint8."""
         packed = x.new_zeros(*x.shape[:-1], self.nbytes(x.dtype), dtype=torch.uint8)
@@ -67,6 +71,29 @@ class RowCodec:
         plain = packed[..., at : at + self.plain * dtype.itemsize]
         plain = plain.clone(memory_format=torch.contiguous_format)
         return torch.cat((x, plain.view(dtype)), -1)
+
+
+@dataclass(frozen=True)
+class PlainCodec:
+    """Rows of `channels` numbers as they are, seen as bytes."""
+
+    channels: int
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one row."""
+        return self.channels * dtype.itemsize
+
+    def stored(self, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows [..., bytes] as a store keeps them without this codec."""
+        return packed.view(dtype)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows [B, M, C] to [B, M, bytes] uint8."""
+        return x.contiguous().view(torch.uint8)
+
+    def decode(self, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows [..., bytes] to [..., C] in `dtype`, that of the rows given to `encode`."""
+        return packed.view(dtype)
 
 
 class PackedRows:
@@ -119,12 +146,25 @@ def bytes_per_token(
 ) -> float:
     """Bytes that one more token adds to entries and index keys of all layers, windows apart."""
     check_storage(storage)
-    total = 0.0
-    for layer in config.kv_source_layer_ids:
-        # An index source that is a KV source too keeps a key per entry of its own.
-        codecs = [entry_codec(config)]
-        codecs += [key_codec(config)] if layer in config.index_source_layer_ids else []
+    return sum(parts_per_token(config, storage, dtype).values())
+
+
+def parts_per_token(
+    config: Dsv4Config, storage: str = "plain", dtype: torch.dtype = torch.bfloat16
+) -> dict[str, float]:
+    """`bytes_per_token` by part: entries of layers that choose, of layers that read all, keys."""
+    check_storage(storage)
+    parts = {"chosen_entries": 0.0, "dense_entries": 0.0, "index_keys": 0.0}
+
+    def add(part: str, layer: int, codec: RowCodec) -> None:
         packed = storage == "packed"
-        row = sum(c.nbytes(dtype) if packed else c.channels * dtype.itemsize for c in codecs)
-        total += row / config.compress_ratios[layer]
-    return total
+        row = codec.nbytes(dtype) if packed else codec.channels * dtype.itemsize
+        parts[part] += row / config.compress_ratios[layer]
+
+    for layer in config.kv_source_layer_ids:
+        reads_all = config.index_source(layer) is None
+        add("dense_entries" if reads_all else "chosen_entries", layer, entry_codec(config))
+        # An index source that is a KV source too keeps a key per entry of its own.
+        if layer in config.index_source_layer_ids:
+            add("index_keys", layer, key_codec(config))
+    return parts

@@ -12,7 +12,56 @@ from .configuration_dsv4 import Dsv4Config
 from .segments import Segments
 
 
-class Ring:
+class Store:
+    """Numbers of a cache, a row of the batch after another: `data` [B, ...], None while empty."""
+
+    data: torch.Tensor | None
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch, 0 while empty."""
+        return 0 if self.data is None else self.data.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return 0 if self.data is None else self.data.nbytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on a disk."""
+        return 0
+
+    def held(self) -> torch.Tensor:
+        """All that a file must keep."""
+        assert self.data is not None
+        return self.data
+
+    def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape of `held`."""
+        held = self.held()
+        return held.dtype, tuple(held.shape)
+
+    def restore(self, data: torch.Tensor, device: str | torch.device) -> None:
+        """Take a copy of what `held` gave, to a device."""
+        self.data = data.to(device, copy=True)
+
+    def drop(self) -> None:
+        """Hold nothing."""
+        self.data = None
+
+    def select(self, indices: torch.Tensor, in_place: bool) -> None:
+        """Keep the rows `indices`, in that order; `in_place`: where they lie, if they fit."""
+        if self.data is None:
+            return
+        rows = self.data.index_select(0, indices.to(self.data.device))
+        if in_place and rows.shape == self.data.shape:
+            self.data.copy_(rows)
+        else:
+            self.data = rows
+
+
+class Ring(Store):
     """The last tokens of every row: [B, capacity, ...], slot = row index mod capacity."""
 
     def __init__(self, capacity: int) -> None:
@@ -48,15 +97,10 @@ class Ring:
         held = self.data[batch, slot]
         self.data[batch, slot] = torch.where(real, x[batch, column.clamp(min=0)], held)
 
-    def held(self) -> torch.Tensor | None:
-        """All that a file must keep; None while empty."""
-        return self.data
-
-    def restore(self, data: torch.Tensor) -> None:
-        """Take what `held` gave."""
+    def restore(self, data: torch.Tensor, device: str | torch.device) -> None:
         if data.shape[1] != self.capacity:
             raise ValueError(f"wanted {self.capacity} slots of a ring, got {list(data.shape)}")
-        self.data = data
+        super().restore(data, device)
 
 
 class DraftRings:
@@ -91,7 +135,7 @@ class DraftRings:
         yield "drafts.streams", self.streams
 
 
-class Rows:
+class Rows(Store):
     """Entries appended per row: [B, capacity, ...], grown by half when full, or fixed."""
 
     def __init__(self, capacity: int | None = None) -> None:
@@ -133,13 +177,13 @@ class Rows:
         self.length = length
         return out
 
-    def held(self) -> torch.Tensor | None:
-        """All that a file must keep, without room to grow; None while empty."""
-        return None if self.data is None else self.data[:, : self.length]
+    def held(self) -> torch.Tensor:
+        """All that a file must keep, without room to grow."""
+        return super().held()[:, : self.length]
 
-    def restore(self, data: torch.Tensor) -> None:
-        """Take what `held` gave."""
-        self.data, self.length = data, data.shape[1]
+    def restore(self, data: torch.Tensor, device: str | torch.device) -> None:
+        super().restore(data, device)
+        self.length = data.shape[1]
 
     def _put(
         self,

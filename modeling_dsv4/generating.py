@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -79,7 +80,13 @@ class Dsv4Generation(GenerationMixin):
         logits = self._step(ids, mask, positions, cache)
         return MoeCausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
-    def generate(self, *args: Any, draft: int | str | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        draft: int | str | None = None,
+        kv_offload: str | Path | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As transformers' `generate`, and with the model's own draft head if asked.
 
         Args:
@@ -89,12 +96,17 @@ class Dsv4Generation(GenerationMixin):
                 the model has no head; when sampling, how many follows from earlier passes alone. A
                 number checks that many in every pass. The text is the backbone's in any case; see
                 `drafting.py`.
+            kv_offload: where the cache's compressed entries lie, "cpu" or a directory; see
+                `Dsv4Cache`, whose `offload` it is. The text does not change.
             kwargs: as there.
 
         Raises:
-            ValueError: a number without a draft head, or more than it can guess.
+            ValueError: a number without a draft head, or more than it can guess; `kv_offload`
+                without a cache of one's own making that grows.
             NotImplementedError: beams, another helper, or outputs of every step.
         """
+        if kv_offload is not None:
+            kwargs["kv_offload"] = kv_offload
         # Zero of them is decoding as usual.
         if draft is None or draft == 0 or (draft == "auto" and self.config.draft_kind is None):
             return super().generate(*args, **kwargs)
@@ -119,11 +131,13 @@ class Dsv4Generation(GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         token_types: torch.Tensor | None = None,
         draft: int | str | None = None,
+        kv_offload: str | Path | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As transformers does it; embeddings keep their ids, and what is written is text.
 
-        `draft` is no input: it stands here so that transformers hands it on to `_sample`.
+        `draft` and `kv_offload` are no inputs: they stand here so that transformers hands them on,
+        to `_sample` and to where the cache is made.
 
         Embeddings are those of the prompt: the first pass reads them, later passes read the ids
         that were chosen. `token_types` grow with the text.
@@ -175,7 +189,13 @@ class Dsv4Generation(GenerationMixin):
                 f"cache_implementation={kind!r}: this model has its own cache; wanted dynamic (the "
                 "default) or static, or past_key_values=Dsv4Cache(config)"
             )
-        given = model_kwargs.get("past_key_values")
+        given, offload = model_kwargs.get("past_key_values"), model_kwargs.pop("kv_offload", None)
+        if offload is not None and (given is not None or not generation_config.use_cache):
+            raise ValueError(
+                "kv_offload: wanted a cache to be made by generate, got "
+                + ("past_key_values" if given is not None else "use_cache=False")
+                + "; pass past_key_values=Dsv4Cache(config, offload=...), or kv_offload alone"
+            )
         if given is not None and kind == "static":
             raise ValueError(
                 "got cache_implementation='static' and past_key_values; pass one of the two, such "
@@ -186,5 +206,8 @@ class Dsv4Generation(GenerationMixin):
             drafted = generation_config.prompt_lookup_num_tokens or 0
             length = max(max_cache_length, generation_config.max_cache_len or 0)
             model_kwargs["past_key_values"] = Dsv4Cache(
-                self.config, max(64, drafted), max_length=length if kind == "static" else None
+                self.config,
+                max(64, drafted),
+                max_length=length if kind == "static" else None,
+                offload=offload,
             )

@@ -52,6 +52,14 @@ def run(
         Path | None,
         typer.Option(help="Keeps what --file read.", rich_help_panel=_PANEL["where"]),
     ] = None,
+    kv_offload: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR",
+            help="Long contexts: entries on disk here, or cpu.",
+            rich_help_panel=_PANEL["where"],
+        ),
+    ] = "",
     plan: Annotated[
         bool,
         typer.Option("--plan", help="What fits where.", rich_help_panel=_PANEL["where"]),
@@ -89,7 +97,7 @@ def run(
     if calibrate:
         return programs.calibrate(source, wishes)
     settings = programs.Settings(max_new_tokens, temperature, top_p, seed, (), _read_draft(draft))
-    engine = programs.open_engine(source, wishes, slots=4 if serve else 2)
+    engine = programs.open_engine(source, wishes, 4 if serve else 2, kv_offload or None)
     if serve:
         return programs.serve(engine, settings, model, host, port, wishes)
     asked = programs.Question(prompt, tuple(file or ()), system, raw, think, cache)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,13 +46,19 @@ class Engine:
         tokenizer: the one it was trained with.
         slots: conversations whose caches are kept.
         profile: measured rates, for the statistics.
+        kv_offload: where the entries of these caches lie: "cpu", or a directory.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, slots: int = 1, profile: MachineProfile | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        slots: int = 1,
+        profile: MachineProfile | None = None,
+        kv_offload: str | Path | None = None,
     ) -> None:
         self.model, self.tokenizer, self.profile = model, tokenizer, profile
-        self.reuse = Reuse(model.config, slots)
+        self.reuse = Reuse(model.config, slots, kv_offload)
         self.total = RunStats()
         self._spelling = threading.Lock()
         # Set from a signal handler or another thread: the answer ends behind its next token.

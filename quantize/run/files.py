@@ -101,13 +101,19 @@ def cache_path(folder: Path, model: str, ids: Sequence[int]) -> Path:
     return folder / f"prompt-{name}.safetensors"
 
 
-def load_cache(path: Path, config: Dsv4Config, ids: list[int], device: object) -> Kept | None:
-    """The cache that was kept of these ids, or None."""
+def load_cache(
+    path: Path,
+    config: Dsv4Config,
+    ids: list[int],
+    device: object,
+    offload: str | Path | None = None,
+) -> Kept | None:
+    """The cache that was kept of these ids, its entries where `offload` says, or None."""
     import torch
 
     if not path.is_file():
         return None
-    cache = Dsv4Cache.load(path, config, torch.tensor([ids]), str(device))
+    cache = Dsv4Cache.load(path, config, torch.tensor([ids]), str(device), offload)
     return Kept(list(ids), cache)
 
 

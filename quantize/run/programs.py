@@ -10,6 +10,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from modeling_dsv4.cache_offload import check_offload
 from modeling_dsv4.chat import choose_variant
 
 from ..machine import MachineProfile
@@ -39,14 +40,17 @@ class Question:
     cache: Path | None
 
 
-def open_engine(source: Source, wishes: Wishes, slots: int) -> Engine:
+def open_engine(
+    source: Source, wishes: Wishes, slots: int, kv_offload: str | Path | None = None
+) -> Engine:
     """Load the model."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    check_offload(kv_offload, None)
     wishes.note(f"loading {source.directory}")
     model, tokenizer = load(source, wishes.ram, wishes.vram)
-    return Engine(model, tokenizer, slots, MachineProfile.load())
+    return Engine(model, tokenizer, slots, MachineProfile.load(), kv_offload)
 
 
 def one_shot(
@@ -127,7 +131,8 @@ def _cached(engine: Engine, source: Source, folder: Path | None, ids: list[int])
         return None
     name = identity(source.directory, engine.model.dtype)
     path = cache_path(folder, name, ids)
-    kept = load_cache(path, engine.model.config, ids, engine.model.device)
+    config, device = engine.model.config, engine.model.device
+    kept = load_cache(path, config, ids, device, engine.reuse.offload)
     fresh = kept is None
     if kept is None:
         kept = Kept([], engine.reuse.take([]).cache)

@@ -3,6 +3,7 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 from modeling_dsv4 import Dsv4Cache, Dsv4Config
 
@@ -19,10 +20,13 @@ class Reuse:
     """The last few caches, the least recently used first.
 
     A cache goes on where it ends, or a little before: what it can take back is its `max_rewind`.
+    `offload` says where their entries lie, see `Dsv4Cache`.
     """
 
-    def __init__(self, config: Dsv4Config, slots: int = 1) -> None:
-        self.config, self.slots = config, slots
+    def __init__(
+        self, config: Dsv4Config, slots: int = 1, offload: str | Path | None = None
+    ) -> None:
+        self.config, self.slots, self.offload = config, slots, offload
         self.kept: list[Kept] = []
 
     def take(self, ids: list[int]) -> Kept:
@@ -32,7 +36,7 @@ class Reuse:
         """
         best = max(self.kept, key=lambda kept: _usable(kept, ids), default=None)
         if best is None or not _usable(best, ids):
-            return Kept([], Dsv4Cache(self.config))
+            return Kept([], Dsv4Cache(self.config, offload=self.offload))
         self.kept.remove(best)
         shared = _usable(best, ids)
         best.cache.crop(shared - len(best.ids))

@@ -20,6 +20,7 @@ from .kernel_choice import use_triton
 from .precision import Float32Parameters
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+Tiles = Callable[[torch.dtype], Iterable[torch.Tensor]]
 
 # So many tokens may copy the weights of their experts where grouping them is not possible.
 _GATHERED_UP_TO = 64
@@ -62,6 +63,13 @@ class ExpertsBase(nn.Module):
     def open_expert(self, expert: int) -> tuple[Linear, Linear]:
         """Return the two projections of one expert: [M, D] -> [M, 2F] and [M, F] -> [M, D]."""
         raise NotImplementedError(f"{type(self).__name__} does not say how an expert is opened")
+
+    def expert_tiles(self, expert: int, device: torch.device) -> tuple[Tiles, Tiles] | None:
+        """The same two weights as tiles on a device, each asked for once forward and once back.
+
+        None where a store does not hold its experts packed.
+        """
+        return None
 
     def expect(self, top_k_index: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """Hear what the router has chosen, [n, K] for [n, D], ahead of `forward`."""

@@ -9,7 +9,7 @@ as a whole and is never kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from .formats import (
 )
 from .kernel_choice import use_triton
 from .layers import Float32Head
-from .moe import Dsv4Experts, ExpertsBase, Linear, StackedWeight
+from .moe import Dsv4Experts, ExpertsBase, Linear, StackedWeight, Tiles
 from .weight_map import opaque_inventory
 
 # Bytes of weight that are wide at a time. On a CPU a tile has to be small enough for the allocator
@@ -35,9 +35,6 @@ from .weight_map import opaque_inventory
 # matrix-vector product of 4096 x 4096 from FP4).
 _TILE_BYTES = {"cpu": 4 << 20}
 _DEVICE_TILE_BYTES = 256 << 20
-
-Tiles = Callable[[torch.dtype], Iterable[torch.Tensor]]
-
 
 # --- products with weights that are opened on demand --------------------------------------------
 
@@ -48,20 +45,31 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
         ctx.tiles = tiles
-        y = [F.linear(x, w) for w in tiles(x.dtype)]
-        return y[0] if len(y) == 1 else torch.cat(y, dim=-1)
+        return tiled_product(x, tiles)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None]:
-        # Sums over many tiles: in half precision each addition would round.
-        half = grad.dtype in (torch.bfloat16, torch.float16)
-        total, start = None, 0
-        for w in ctx.tiles(grad.dtype):
-            part = grad[..., start : start + w.shape[0]] @ w
-            part = part.float() if half else part
-            total = part if total is None else total.add_(part)
-            start += w.shape[0]
-        return None if total is None else total.to(grad.dtype), None
+        return tiled_product_back(grad, ctx.tiles), None
+
+
+def tiled_product(x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+    """[..., in] times the rows of all tiles: [..., out], without a gradient."""
+    y = [F.linear(x, w) for w in tiles(x.dtype)]
+    return y[0] if len(y) == 1 else torch.cat(y, dim=-1)
+
+
+def tiled_product_back(grad: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+    """Its way back to the input: [..., out] -> [..., in]."""
+    # Sums over many tiles: in half precision each addition would round.
+    half = grad.dtype in (torch.bfloat16, torch.float16)
+    total, start = None, 0
+    for w in tiles(grad.dtype):
+        part = grad[..., start : start + w.shape[0]] @ w
+        part = part.float() if half else part
+        total = part if total is None else total.add_(part)
+        start += w.shape[0]
+    assert total is not None, "a weight has at least one tile"
+    return total.to(grad.dtype)
 
 
 def frozen_linear(x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
@@ -350,6 +358,13 @@ class PackedExperts(FrozenStorage, ExpertsBase):
             for name in ("gate_up_proj", "down_proj")
         )
         return gate_up, down
+
+    def expert_tiles(self, expert: int, device: torch.device) -> tuple[Tiles, Tiles]:
+        gate_up, down = self.expert_parts(expert)
+        return (
+            lambda dtype: weight_tiles(gate_up, self.format, dtype),
+            lambda dtype: weight_tiles(down, self.format, dtype),
+        )
 
     def open_expert(self, expert: int) -> tuple[Linear, Linear]:
         gate_up, down = self.expert_parts(expert)

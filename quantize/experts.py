@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from modeling_dsv4.formats import get_format
-from modeling_dsv4.moe import Dsv4Experts, ExpertsBase, Linear, StackedWeight
+from modeling_dsv4.moe import Dsv4Experts, ExpertsBase, Linear, StackedWeight, Tiles
 from modeling_dsv4.storage import frozen_linear, weight_tiles
 
 from . import cpu_experts
@@ -171,24 +171,26 @@ class StoredExperts(ExpertsBase):
         with self._record(expert, last=True) as record:
             return cpu_experts.run(plan, record, x, weights)
 
+    def expert_tiles(self, expert: int, device: torch.device) -> tuple[Tiles, Tiles]:
+        gate_up = self._tiles(expert, "gate_up_proj", device, last=False)
+        return gate_up, self._tiles(expert, "down_proj", device, last=True)
+
     def _linear(self, expert: int, projection: str, last: bool) -> Linear:
-        layout = self.layout.of(expert)
+        return lambda x: frozen_linear(x, self._tiles(expert, projection, x.device, last))
+
+    def _tiles(self, expert: int, projection: str, device: torch.device, last: bool) -> Tiles:
+        layout, backward = self.layout.of(expert), False
         weight_format = get_format(layout.format(projection))
 
-        def multiply(x: torch.Tensor) -> torch.Tensor:
-            backward = False
+        def tiles(dtype: torch.dtype) -> Iterator[torch.Tensor]:
+            nonlocal backward
+            final, backward = last != backward, True
+            with self._record(expert, final) as record:
+                parts = layout.decode(record)[projection]
+                parts = {part: tensor.to(device) for part, tensor in parts.items()}
+                yield from weight_tiles(parts, weight_format, dtype)
 
-            def tiles(dtype: torch.dtype) -> Iterator[torch.Tensor]:
-                nonlocal backward
-                final, backward = last != backward, True
-                with self._record(expert, final) as record:
-                    parts = layout.decode(record)[projection]
-                    parts = {part: tensor.to(x.device) for part, tensor in parts.items()}
-                    yield from weight_tiles(parts, weight_format, dtype)
-
-            return frozen_linear(x, tiles)
-
-        return multiply
+        return tiles
 
     @property
     def layer(self) -> int:

@@ -20,7 +20,6 @@ from finetune.hot_experts import (
     hot_table,
     measure_routing,
 )
-from finetune.hot_layers import rows_of
 from modeling_dsv4.storage import PackedExperts
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -190,18 +189,17 @@ def test_adapters_with_other_experts_live_side_by_side(
         assert torch.equal(_logits(model, ids), _logits(make_model(), ids))
     model.base_model.set_adapter(["a0", "a1"])
     layer = model.base_model.model.model.layers[1].mlp.experts
-    x, counts = torch.randn(16, 64), [2] * 8
-    both = layer._low_ranks(x, counts, ["a0", "a1"], layer.lora_A, layer.lora_B)
-    one = [layer._low_ranks(x, counts, [n], layer.lora_A, layer.lora_B) for n in ("a0", "a1")]
-    torch.testing.assert_close(both, one[0] + one[1])
-    assert [bool((row != 0).any()) for row in one[1][::2]] == [e in (4, 6) for e in range(8)]
-
-
-def test_rows_of_some_experts_are_found_among_the_sorted() -> None:
-    rows, counts = rows_of([2, 0, 3, 1], [1, 2, 3], torch.device("cpu"))
-    assert rows.tolist() == [2, 3, 4, 5]
-    assert counts == [0, 3, 1]
-    assert rows_of([2, 0], [1], torch.device("cpu"))[0].tolist() == []
+    index = torch.arange(8)[:, None]
+    x, weights = torch.randn(8, 64), torch.ones(8, 1)
+    outputs = []
+    for names in ([], ["a0"], ["a1"], ["a0", "a1"]):
+        layer.set_adapter(names)
+        outputs.append(layer(x, index, weights))
+    base, first, second, both = outputs
+    # Token e is expert e's; the adapters stand beside 0, and beside 4 and 6.
+    for found, chosen in ((first, {0}), (second, {4, 6}), (both, {0, 4, 6})):
+        moved = (found - base).abs().amax(1) > 1e-4
+        assert set(moved.nonzero().flatten().tolist()) == chosen
 
 
 def test_a_batch_that_reaches_no_chosen_expert_still_has_a_graph(make_model: MakeModel) -> None:

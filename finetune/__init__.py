@@ -6,6 +6,8 @@ grouped projections, routed experts and packed weights.
 """
 
 from .adapters import attach_adapters, merge_adapters
+from .foreign import import_adapter
+from .foreign_write import export_adapter
 from .full import train_weights
 from .hot_experts import find_hot_experts
 from .indexer_training import teach_indexer
@@ -14,6 +16,8 @@ from .tuner import register
 __all__ = [
     "attach_adapters",
     "merge_adapters",
+    "import_adapter",
+    "export_adapter",
     "find_hot_experts",
     "teach_indexer",
     "train_weights",

@@ -5,7 +5,7 @@
 |---|---|
 | indexer, all of it | the language-model loss does not reach it: a choice has no gradient |
 | compressors | they make the keys that the frozen indexer was tuned on |
-| router weights and biases | their balance was made by trillions of tokens; a small text upsets it |
+| router weights and biases | their balance was made on trillions of tokens |
 | tables of token ids (routing, n-gram hashes) | numbers that name things, no weights |
 | Engram tables | every step would touch all rows; row adapters exist for them |
 | sinks | fused attention computes with fixed ones |

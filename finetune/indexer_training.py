@@ -187,11 +187,13 @@ class IndexerTeacher:
         if indexer.owns_keys:
             assert self._latents is not None
             self._keys = KeySource(indexer, x.detach(), self._latents, segments)
-        if shared.entries is None or shared.entries.shape[1] < 2:
+        entries = shared.entries
+        # Without a cache they are a tensor.
+        if not isinstance(entries, torch.Tensor) or entries.shape[1] < 2:
             return
         assert self._keys is not None
         ids = shared.ids if self.entries == "selected" else None
-        lesson = _Lesson(attention, x.detach(), segments, turns[True], shared.entries.detach(), ids)
+        lesson = _Lesson(attention, x.detach(), segments, turns[True], entries.detach(), ids)
         with _own_graph():
             found, gradients = lesson.learn(self._keys)
         if found.queries:

@@ -33,6 +33,12 @@ class Dsv4LoraModel(LoraModel):
     def _pre_injection_hook(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         if is_ours(model):
+            if config.target_parameters:
+                raise NotImplementedError(
+                    "target_parameters: here experts get adapters beside their weights, as modules "
+                    "(target_modules='...mlp.experts', or a preset); an adapter that was saved so "
+                    "is put on a model by finetune.import_adapter"
+                )
             _refuse_split(model)
             check_identity(model, config)
 

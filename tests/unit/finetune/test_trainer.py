@@ -59,6 +59,7 @@ def _config(tmp_path: Path, **changes: Any) -> RunConfig:
         "save_steps": 3,
         "eval_steps": 3,
         "max_length": 256,
+        "report_to": "none",
     }
     return RunConfig(**values | changes)
 

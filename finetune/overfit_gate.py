@@ -5,6 +5,7 @@ The adapters, every random generator and the gradients are afterwards what they 
 the bit, so that a run is the same with the gate and without it.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +14,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 
 from .data import IGNORED
 from .state_files import random_state, restore_random_state
+from .trainer import RunTrainer
 
 STEPS = 20
 # The loss must fall below this share of what it was.
 SHARE = 0.9
 # Small rates move a fresh adapter too little within the gate's few steps to tell anything.
 LEAST_RATE = 2e-3
+# A loss whose ups and downs add up to this share of its first value does more than tremble.
+_JUMPS = 0.05
 # Below it a batch counts as known already.
 _KNOWN = 0.05
 
@@ -57,7 +60,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def run_gate(
-    trainer: Trainer,
+    trainer: RunTrainer,
     batch: dict[str, Any],
     learning_rate: float,
     *,
@@ -84,8 +87,7 @@ def run_gate(
         optimizer = torch.optim.AdamW(trained, lr=max(learning_rate, LEAST_RATE), weight_decay=0.0)
         for _ in range(steps + 1):
             optimizer.zero_grad()
-            # A copy: Trainers take batches apart.
-            losses.append(float(trainer.training_step(model, dict(batch))))
+            losses.append(trainer.learn_alone(batch))
             grads = [p.grad for p in trained if p.grad is not None]
             norms.append(float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0)
             optimizer.step()
@@ -122,6 +124,8 @@ def diagnose(losses: list[float], norms: list[float], labels: int | None) -> str
         return "the loss became infinite on the way: learning_rate is much too high"
     if max(norms) == 0:
         return "no gradient reaches the adapters: the preset's modules take no part in the loss"
-    if losses[-1] > losses[0]:
-        return "the loss rose: learning_rate is too high, see `lr-find`"
+    # By small steps one batch falls all along; one that is jumped over goes up and down.
+    path = sum(abs(b - a) for a, b in itertools.pairwise(losses))
+    if path > _JUMPS * losses[0] and path > 2 * abs(losses[-1] - losses[0]):
+        return "the loss jumps: learning_rate is too high, see `lr-find`"
     return "the loss barely moved: learning_rate or rank is too low, see `lr-find`"

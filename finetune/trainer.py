@@ -52,6 +52,7 @@ class RunTrainer(SafeCheckpoints, MeasuredTrainer):
 
     config: RunConfig
     optimizer: Any
+    _recomputes = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The run's optimizer, over what trains."""
@@ -65,6 +66,18 @@ class RunTrainer(SafeCheckpoints, MeasuredTrainer):
                 make_rules(run.lr_ratios, run.lora_plus_ratio),
             )
         return self.optimizer
+
+    def learn_alone(self, batch: dict[str, Any]) -> float:
+        """Loss of one batch outside of the training loop; its gradient is added to what is there.
+
+        As in the loop otherwise: the objective, the mode, and what is computed again.
+        """
+        if self.args.activation_checkpointing and not self._recomputes:
+            self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+            self._recomputes = True
+        self.current_gradient_accumulation_steps = 1
+        # A copy: objectives take batches apart.
+        return float(self.training_step(self.model, dict(batch)))
 
 
 class AdapterTrainer(RunTrainer):

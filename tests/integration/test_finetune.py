@@ -299,7 +299,7 @@ def test_wrong_usage_ends_with_2(call: Call, words: tuple[str, ...]) -> None:
     assert call(*words)[0] == 2
 
 
-@pytest.mark.parametrize("command", ["check", "train", "eval", "merge"])
+@pytest.mark.parametrize("command", ["check", "lr-find", "train", "eval", "merge"])
 def test_every_command_explains_itself(call: Call, command: str) -> None:
     code, out, _ = call(command, "--help")
     assert (code, f"Example: dsv4-finetune {command}" in out) == (0, True)

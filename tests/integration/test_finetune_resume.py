@@ -217,6 +217,15 @@ def test_the_same_seed_gives_the_same_bytes(
     assert (tmp_path / "other" / ADAPTER).read_bytes() != (whole / ADAPTER).read_bytes()
 
 
+def test_the_overfit_gate_changes_no_byte(
+    make_run: Callable[..., RunConfig], whole: Path, tmp_path: Path
+) -> None:
+    result = train(make_run(tmp_path / "out", overfit_gate="on"))
+    assert result.overfit_gate is not None
+    assert result.overfit_gate["last"] < 0.9 * result.overfit_gate["first"]
+    _same(tmp_path / "out", whole)
+
+
 @pytest.mark.parametrize(
     ("place", "step", "saved"),
     [

@@ -128,4 +128,4 @@ def diagnose(losses: list[float], norms: list[float], labels: int | None) -> str
     path = sum(abs(b - a) for a, b in itertools.pairwise(losses))
     if path > _JUMPS * losses[0] and path > 2 * abs(losses[-1] - losses[0]):
         return "the loss jumps: learning_rate is too high, see `lr-find`"
-    return "the loss barely moved: learning_rate or rank is too low, see `lr-find`"
+    return "the loss barely moved: learning_rate or rank does not fit, see `lr-find`"

@@ -16,6 +16,7 @@ LossOn = Literal["answers", "all"]
 Schedule = Literal["cosine", "constant", "linear"]
 DType = Literal["auto", "float32", "bfloat16"]
 Gate = Literal["auto", "on", "off"]
+Objective = Literal["sft", "dpo", "kto", "orpo"]
 Optimizer = Literal[
     "adamw",
     "sgd",
@@ -42,6 +43,7 @@ _FREE_ON_RESUME = (
 
 
 _CHOICES = {
+    "objective": Objective,
     "loss_on": LossOn,
     "optimizer": Optimizer,
     "schedule": Schedule,
@@ -66,6 +68,8 @@ class RunConfig:
         model: directory of the base model, plain or quantized.
         data: jsonl file.
         output: directory of the adapter.
+        objective: what is learned: texts and answers, or preferences, see `finetune.preference`.
+        beta: how strongly preferences hold to the reference; of orpo, weight of the odds ratio.
         preset: which modules get adapters, see `finetune.targets`.
         rank: r of attention and shared experts.
         alpha: LoRA alpha; None makes the scale 2.
@@ -102,6 +106,8 @@ class RunConfig:
     model: str
     data: str
     output: str
+    objective: Objective = "sft"
+    beta: float = 0.1
     preset: str = DEFAULT_PRESET
     rank: int = 32
     alpha: float | None = None
@@ -156,7 +162,7 @@ class RunConfig:
             _check_range(name, getattr(self, name), low=0, below=1)
         _check_range("warmup_ratio", self.warmup_ratio, low=0, below=1)
         _check_range("weight_decay", self.weight_decay, low=0)
-        for name in ("learning_rate", "epochs", "max_grad_norm", "lora_plus_ratio"):
+        for name in ("learning_rate", "epochs", "max_grad_norm", "lora_plus_ratio", "beta"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: wanted more than 0, got {value}")

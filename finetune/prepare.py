@@ -24,6 +24,11 @@ class Prepared:
 
 def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Read, split and encode a run's data. No weight is needed for it."""
+    if config.objective != "sft":
+        # It builds on this module.
+        from .preference import prepare_preferences
+
+        return prepare_preferences(config, tokenizer)
     train, held = split_records(read_records(config.data), config.eval_fraction, config.seed)
     pack_to = config.max_length if config.packing else None
     some, train_report = encode_records(train, tokenizer, config.max_length, config.loss_on)

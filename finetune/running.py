@@ -30,8 +30,9 @@ from .loading import load_model, load_tokenizer
 from .losses import held_out_loss
 from .optimizers import optimizer_class
 from .overfit_gate import run_gate
+from .preference import held_out_margin
 from .prepare import Prepared, check_fingerprint, check_vocabulary, fingerprint, prepare_data
-from .trainer import AdapterTrainer, make_trainer
+from .trainer import RunTrainer, make_trainer
 
 RESULT_FILE = "result.json"
 DATA_FILE = "data.json"
@@ -41,17 +42,23 @@ LONG_RUN = 200
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run measured. Losses are means over held-out label tokens; None without a split."""
+    """What a run measured on held-out data; None without a split.
+
+    Losses are means over label tokens. Runs on preferences have margins instead: how much likelier
+    wanted answers are than unwanted ones, in nats.
+    """
 
     output: str
     steps: int
     seconds: float
     trained_parameters: int
     trained_tensors: int
-    held_out_loss_before: float | None
-    held_out_loss_after: float | None
     train_data: dict[str, int]
     held_out_data: dict[str, int]
+    held_out_loss_before: float | None = None
+    held_out_loss_after: float | None = None
+    held_out_margin_before: float | None = None
+    held_out_margin_after: float | None = None
     overfit_gate: dict[str, float] | None = None
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
 
@@ -107,10 +114,8 @@ def _train(
     trainer = make_trainer(model, config, data, tokenizer, callbacks)
     trainer.stop = stop
     gate = None if checkpoint else _try_one_batch(trainer, config, data)
-    before = None
-    if data.held_out is not None:
-        with model.disable_adapter():
-            before = held_out_loss(model, data.held_out, tokenizer)
+    with model.disable_adapter():
+        before = _held_out(model, config, data, tokenizer)
     start = time.perf_counter()
     with stop.patient():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -124,7 +129,7 @@ def _train(
 
 
 def _measure(
-    trainer: AdapterTrainer,
+    trainer: RunTrainer,
     config: RunConfig,
     data: Prepared,
     tokenizer: PreTrainedTokenizerBase,
@@ -134,16 +139,15 @@ def _measure(
 ) -> TrainResult:
     model = trainer.model
     counted = count_adapters(model)
+    after = _held_out(model, config, data, tokenizer)
+    word = "loss" if config.objective == "sft" else "margin"
     return TrainResult(
         output=config.output,
         steps=trainer.state.global_step,
         seconds=seconds,
         trained_parameters=counted["parameters"],
         trained_tensors=counted["tensors"],
-        held_out_loss_before=before,
-        held_out_loss_after=(
-            None if data.held_out is None else held_out_loss(model, data.held_out, tokenizer)
-        ),
+        **{f"held_out_{word}_before": before, f"held_out_{word}_after": after},
         train_data=data.train_report.to_dict(),
         held_out_data=data.held_out_report.to_dict(),
         overfit_gate=gate,
@@ -151,8 +155,19 @@ def _measure(
     )
 
 
+def _held_out(
+    model: PeftModel, config: RunConfig, data: Prepared, tokenizer: PreTrainedTokenizerBase
+) -> float | None:
+    """The loss, or the margin, on what is held out."""
+    if data.held_out is None:
+        return None
+    if config.objective == "sft":
+        return held_out_loss(model, data.held_out, tokenizer)
+    return held_out_margin(model, data.held_out, tokenizer)
+
+
 def _try_one_batch(
-    trainer: AdapterTrainer, config: RunConfig, data: Prepared
+    trainer: RunTrainer, config: RunConfig, data: Prepared
 ) -> dict[str, float] | None:
     """Run the gate where the settings ask for it, and before long runs."""
     steps = config.max_steps or steps_per_epoch(config, len(data.train)) * config.epochs

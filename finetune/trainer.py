@@ -111,8 +111,8 @@ def make_trainer(
     data: Prepared,
     tokenizer: PreTrainedTokenizerBase,
     callbacks: Sequence[TrainerCallback] = (),
-) -> AdapterTrainer:
-    """transformers' Trainer, silent and offline, with a run's settings.
+) -> RunTrainer:
+    """The Trainer of a run's objective, silent and offline, with a run's settings.
 
     Raises:
         ValueError: a reporter that is not installed, or patience without anything held out.
@@ -120,18 +120,28 @@ def make_trainer(
     evaluates = data.held_out is not None
     names, reporters = report_callbacks(config.report_to, config.output)
     epoch_steps = steps_per_epoch(config, len(data.train), PartialState().num_processes)
-    trainer = AdapterTrainer(
-        model=model,
-        args=training_arguments(
+    listeners = [*reporters, *early_stopping(config, evaluates), *callbacks]
+    if config.objective == "sft":
+        arguments = training_arguments(
             config, evaluates=evaluates, epoch_steps=epoch_steps, report_to=names
-        ),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        data_collator=(
-            PackingCollator() if config.packing else PaddingCollator(pad_token(tokenizer))
-        ),
-        callbacks=[*reporters, *early_stopping(config, evaluates), *callbacks],
-    )
+        )
+        trainer: RunTrainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            data_collator=(
+                PackingCollator() if config.packing else PaddingCollator(pad_token(tokenizer))
+            ),
+            callbacks=listeners,
+        )
+    else:
+        # It builds on this module.
+        from .preference import make_preference_trainer
+
+        trainer = make_preference_trainer(
+            model, config, data, tokenizer, epoch_steps, names, listeners
+        )
     trainer.config = config
     trainer.keeps_best = evaluates and config.keep_best
     trainer.add_callback(LogFile(Path(config.output, LOG_FILE)))

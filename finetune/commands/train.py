@@ -17,6 +17,9 @@ def train(
     model: Annotated[str | None, typer.Option(help="Directory of the base model.")] = None,
     data: Annotated[Path | None, typer.Option(help="jsonl file.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory of the adapter.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="sft (default), or preferences: dpo, kto, orpo.")
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="attention, attention+shared or all (default).")
     ] = None,
@@ -83,6 +86,7 @@ def train(
         f"trained {result.trained_parameters:,} parameters in {result.steps} steps, "
         f"{result.seconds:.0f} s",
         *loss_lines(result.held_out_loss_before, result.held_out_loss_after),
+        *loss_lines(result.held_out_margin_before, result.held_out_margin_after, "margin"),
         f"adapter: {result.output}",
     ]
     out.result(values, lines)

@@ -229,7 +229,7 @@ def test_the_overfit_gate_changes_no_byte(
 @pytest.mark.parametrize(
     ("place", "step", "saved"),
     [
-        ("step", 1, None),
+        pytest.param("step", 1, None, marks=pytest.mark.slow),
         ("step", 3, "checkpoint-2"),
         ("checkpoint", 4, "checkpoint-2"),
         pytest.param("files", 4, "checkpoint-2", marks=pytest.mark.slow),
@@ -268,7 +268,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(
     [
         ("SIGTERM", "step", 2, "checkpoint-3"),
         ("SIGINT", "step", 3, "checkpoint-4"),
-        ("SIGTERM", "evaluation", 2, "checkpoint-2"),
+        pytest.param("SIGTERM", "evaluation", 2, "checkpoint-2", marks=pytest.mark.slow),
         pytest.param("SIGINT", "checkpoint", 4, "checkpoint-4", marks=pytest.mark.slow),
         pytest.param("SIGTERM", "result", 0, "checkpoint-6", marks=pytest.mark.slow),
     ],

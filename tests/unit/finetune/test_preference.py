@@ -112,7 +112,14 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == 4
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "dpo",
+        pytest.param("kto", marks=pytest.mark.slow),
+        pytest.param("orpo", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_continues_to_the_same_bits(
     make_model: MakeModel,
     tokenizer: PreTrainedTokenizerFast,

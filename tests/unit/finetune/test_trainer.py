@@ -29,6 +29,8 @@ from finetune.trainer import (
     Prepared,
     held_out_loss,
     make_trainer,
+    restore_adapter,
+    save_adapter,
     sum_loss,
 )
 
@@ -319,6 +321,17 @@ def test_bfloat16_weights_train_float32_adapters(
     assert {t.dtype for t in (*trained, *states)} == {torch.float32}
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
     assert held_out_loss(model, data.held_out, tokenizer) < before - 0.3
+
+
+def test_another_runs_checkpoint_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    small, large = (attach_adapters(make_model(), preset, r=4) for preset in ("attention", "all"))
+    save_adapter(small, tmp_path / "small")
+    save_adapter(large, tmp_path / "large")
+    restore_adapter(large, tmp_path / "large")
+    with pytest.raises(ValueError, match=r"\d+ missing tensors, e\.g\. .*lora_A"):
+        restore_adapter(large, tmp_path / "small")
+    with pytest.raises(ValueError, match=r"\d+ unknown tensors, e\.g\. .*lora_A"):
+        restore_adapter(small, tmp_path / "large")
 
 
 def test_an_output_that_holds_other_files_is_refused(tmp_path: Path) -> None:

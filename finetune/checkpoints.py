@@ -37,8 +37,15 @@ _BESIDE = re.compile(r"\.checkpoint-\d+\.(?:new|old)|\.staged-.*|\..*\.tmp")
 
 
 def save_adapter(model: PeftModel, directory: str | Path, state_dict: dict | None = None) -> None:
-    """Save adapters in PEFT's layout, without asking the Hub whether the vocabulary has grown."""
-    model.save_pretrained(str(directory), state_dict=state_dict, save_embedding_layers=False)
+    """Save adapters in PEFT's layout, without asking the Hub whether the vocabulary has grown.
+
+    Raises:
+        OSError: they could not be written.
+    """
+    try:
+        model.save_pretrained(str(directory), state_dict=state_dict, save_embedding_layers=False)
+    except SafetensorError as error:
+        raise OSError(f"{directory}: could not write the adapter ({error})") from error
 
 
 def restore_adapter(model: PeftModel, directory: str | Path) -> None:

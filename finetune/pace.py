@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .router_load import RouterLoad
+
 GIB = 1 << 30
 
 
@@ -65,12 +67,13 @@ class Pace(TrainerCallback):
 
 
 class MeasuredTrainer(Trainer):
-    """Logs speed and memory beside every training loss."""
+    """Logs speed, memory and the load of experts beside every training loss."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.pace = Pace()
+        self.pace, self.router_load = Pace(), RouterLoad()
         self.add_callback(self.pace)
+        self.add_callback(self.router_load)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         if "input_ids" not in inputs:
@@ -84,5 +87,10 @@ class MeasuredTrainer(Trainer):
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add to training logs what was measured since the last."""
         if "loss" in logs:
-            logs = {**logs, "tokens": self.state.num_input_tokens_seen, **self.pace.read()}
+            logs = {
+                **logs,
+                "tokens": self.state.num_input_tokens_seen,
+                **self.pace.read(),
+                **self.router_load.read(),
+            }
         super().log(logs, start_time)

@@ -288,6 +288,7 @@ def test_what_was_logged_is_in_a_file_with_speed_and_memory(
     # One pass: nine records in three steps, pads not counted.
     assert losses[-1]["tokens"] == sum(len(data.train[i]["input_ids"]) for i in range(9))
     assert all(entry["tokens_per_second"] > 0 and entry["memory_gib"] > 0.01 for entry in losses)
+    assert all(entry["busiest_expert"] >= 1 > entry["idle_experts"] for entry in losses)
     assert [entry["eval_loss"] for entry in log if "eval_loss" in entry] == [
         entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry
     ]
@@ -321,6 +322,14 @@ def test_bfloat16_weights_train_float32_adapters(
     assert {t.dtype for t in (*trained, *states)} == {torch.float32}
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
     assert held_out_loss(model, data.held_out, tokenizer) < before - 0.3
+
+
+def test_an_adapter_that_cannot_be_written_is_an_error_of_the_disk(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_model.safetensors").mkdir()
+    with pytest.raises(OSError, match="could not write the adapter|Is a directory"):
+        save_adapter(attach_adapters(make_model(), "attention", r=2), tmp_path)
 
 
 def test_another_runs_checkpoint_is_refused(make_model: MakeModel, tmp_path: Path) -> None:

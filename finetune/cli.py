@@ -14,6 +14,7 @@ from rich.console import Console
 
 from .commands.check import check
 from .commands.evaluate import evaluate
+from .commands.lr_find import lr_find
 from .commands.merge import merge
 from .commands.train import train
 
@@ -26,6 +27,9 @@ app = typer.Typer(
 
 # In the order of a user's day; the help shows them so.
 app.command(epilog="Example: dsv4-finetune check private.jsonl --model nano")(check)
+app.command("lr-find", epilog="Example: dsv4-finetune lr-find --model nano --data my.jsonl")(
+    lr_find
+)
 app.command(epilog="Example: dsv4-finetune train --model nano --data my.jsonl --output adapter")(
     train
 )

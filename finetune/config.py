@@ -2,6 +2,7 @@
 """The run: everything that decides what a fine-tuning does, as one frozen record beside it."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,11 +15,49 @@ from .targets import DEFAULT_PRESET, preset_patterns
 LossOn = Literal["answers", "all"]
 Schedule = Literal["cosine", "constant", "linear"]
 DType = Literal["auto", "float32", "bfloat16"]
+Gate = Literal["auto", "on", "off"]
+Objective = Literal["sft", "dpo", "kto", "orpo"]
+Optimizer = Literal[
+    "adamw",
+    "sgd",
+    "adamw_8bit",
+    "paged_adamw",
+    "paged_adamw_8bit",
+    "lion_8bit",
+    "ademamix_8bit",
+]
 
 # Where a run keeps its settings, in its output directory.
 RUN_FILE = "run.yaml"
 # What may differ between a run and its continuation without changing a single update.
-_FREE_ON_RESUME = ("output", "logging_steps", "save_steps", "expert_memory", "engram_memory")
+_FREE_ON_RESUME = (
+    "output",
+    "logging_steps",
+    "save_steps",
+    "keep_checkpoints",
+    "report_to",
+    "overfit_gate",
+    "expert_memory",
+    "engram_memory",
+)
+
+
+_CHOICES = {
+    "objective": Objective,
+    "loss_on": LossOn,
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+    "dtype": DType,
+    "overfit_gate": Gate,
+}
+_COUNTS = (
+    "rank",
+    "max_length",
+    "batch_size",
+    "accumulation",
+    "logging_steps",
+    "keep_checkpoints",
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +68,8 @@ class RunConfig:
         model: directory of the base model, plain or quantized.
         data: jsonl file.
         output: directory of the adapter.
+        objective: what is learned: texts and answers, or preferences, see `finetune.preference`.
+        beta: how strongly preferences hold to the reference; of orpo, weight of the odds ratio.
         preset: which modules get adapters, see `finetune.targets`.
         rank: r of attention and shared experts.
         alpha: LoRA alpha; None makes the scale 2.
@@ -42,9 +83,22 @@ class RunConfig:
         max_steps: optimizer steps.
         batch_size: rows per forward pass.
         accumulation: forward passes per step.
+        optimizer: see `finetune.optimizers`.
+        learning_rate: at its peak.
+        schedule: behind the warm-up.
+        warmup_ratio: share of the steps in which the rate rises to its peak.
+        lr_ratios: pattern of whole parameter names -> their share of the rate.
+        lora_plus_ratio: how much faster the second half of each low-rank pair learns.
+        max_grad_norm: longer gradients are scaled down to it.
+        gradient_checkpointing: compute activations again on the way back.
         eval_steps: steps between evaluations; None is once per epoch.
         save_steps: steps between checkpoints; None is once per epoch.
-        dtype: of the base model's plain weights.
+        patience: evaluations without a better held-out loss that end the run; None is never.
+        keep_best: end with the adapter of the best held-out loss.
+        keep_checkpoints: the newest so many, and the best one.
+        report_to: reporters of transformers by name, with commas between them, or "none".
+        overfit_gate: learn one batch by heart first; "auto" before long runs.
+        dtype: of the base model's plain weights; adapters are float32 in any case.
         expert_memory: how much of the experts may be resident, e.g. "2GiB".
         engram_memory: the same for Engram tables.
     """
@@ -52,6 +106,8 @@ class RunConfig:
     model: str
     data: str
     output: str
+    objective: Objective = "sft"
+    beta: float = 0.1
     preset: str = DEFAULT_PRESET
     rank: int = 32
     alpha: float | None = None
@@ -65,9 +121,12 @@ class RunConfig:
     max_steps: int | None = None
     batch_size: int = 4
     accumulation: int = 1
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 2e-4
     schedule: Schedule = "cosine"
     warmup_ratio: float = 0.03
+    lr_ratios: dict[str, float] = dataclasses.field(default_factory=dict)
+    lora_plus_ratio: float | None = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
@@ -75,6 +134,11 @@ class RunConfig:
     logging_steps: int = 10
     eval_steps: int | None = None
     save_steps: int | None = None
+    patience: int | None = None
+    keep_best: bool = True
+    keep_checkpoints: int = 2
+    report_to: str = "tensorboard"
+    overfit_gate: Gate = "auto"
     dtype: DType = "auto"
     expert_memory: str | None = None
     engram_memory: str | None = None
@@ -83,24 +147,26 @@ class RunConfig:
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), field.type)
         preset_patterns(self.preset)
-        for name, allowed in (("loss_on", LossOn), ("schedule", Schedule), ("dtype", DType)):
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(
                     f"{name}: wanted one of {', '.join(get_args(allowed))}, "
                     f"got {getattr(self, name)!r}"
                 )
-        for name in ("rank", "max_length", "batch_size", "accumulation", "logging_steps"):
+        for name in _COUNTS:
             _check_range(name, getattr(self, name), low=1)
-        for name in ("expert_rank", "max_steps", "eval_steps", "save_steps"):
+        for name in ("expert_rank", "max_steps", "eval_steps", "save_steps", "patience"):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low=1)
         for name in ("dropout", "eval_fraction"):
             _check_range(name, getattr(self, name), low=0, below=1)
         _check_range("warmup_ratio", self.warmup_ratio, low=0, below=1)
         _check_range("weight_decay", self.weight_decay, low=0)
-        for name in ("learning_rate", "epochs", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: wanted more than 0, got {getattr(self, name)}")
+        for name in ("learning_rate", "epochs", "max_grad_norm", "lora_plus_ratio", "beta"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: wanted more than 0, got {value}")
+        _check_ratios(self.lr_ratios)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
@@ -122,9 +188,9 @@ class RunConfig:
         return cls(**values)
 
     @classmethod
-    def from_yaml(cls, path: str | Path, **overrides: object) -> "RunConfig":
-        """Read a YAML file; `overrides` that are not None win over it."""
-        values = read_yaml(path)
+    def from_yaml(cls, *paths: str | Path, **overrides: object) -> "RunConfig":
+        """Read YAML files; later ones win, and `overrides` that are not None win over all."""
+        values = read_yaml(*paths)
         return cls.from_dict(values | {k: v for k, v in overrides.items() if v is not None})
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,12 +220,19 @@ class RunConfig:
             )
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping.
+def read_yaml(*paths: str | Path) -> dict[str, Any]:
+    """Read YAML mappings; the keys of later ones win.
 
     Raises:
         ValueError: not YAML, or not a mapping.
     """
+    values: dict[str, Any] = {}
+    for path in paths:
+        values |= _read_mapping(path)
+    return values
+
+
+def _read_mapping(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -171,8 +244,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def _check_type(name: str, value: object, annotation: object) -> None:
     """YAML types hold: a number may be given where a float is meant, nothing else is bent."""
-    if annotation in (LossOn, Schedule, DType, str):
+    if annotation in (*_CHOICES.values(), str):
         good = isinstance(value, str)
+    elif annotation == dict[str, float]:
+        good = isinstance(value, dict)
     elif annotation is bool:
         good = isinstance(value, bool)
     else:
@@ -183,6 +258,18 @@ def _check_type(name: str, value: object, annotation: object) -> None:
     if not good:
         wanted = getattr(annotation, "__name__", str(annotation))
         raise ValueError(f"{name}: wanted {wanted}, got {value!r}")
+
+
+def _check_ratios(ratios: dict[str, float]) -> None:
+    for pattern, ratio in ratios.items():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"lr_ratios: wanted patterns of names, got {pattern!r}: {error}"
+            ) from error
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
+            raise ValueError(f"lr_ratios: wanted numbers above 0, got {ratio!r} for {pattern}")
 
 
 def _check_range(name: str, value: float, *, low: float, below: float | None = None) -> None:

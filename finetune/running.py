@@ -2,9 +2,11 @@
 """One fine-tuning run, from files to files, or the continuation of one.
 
 The output directory holds the adapter (PEFT's files), `run.yaml` (what was asked), `result.json`
-(what came out) and, while training, `checkpoint-N` folders.
+(what came out), `log.jsonl` and `logs/` (what was measured on the way), `data.json` (hashes of what
+was learned from) and, while training, `checkpoint-N` folders.
 """
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,36 +15,52 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from modeling_dsv4 import Dsv4Config
 
 from .adapters import attach_adapters, count_adapters
+from .arguments import steps_per_epoch
+from .callbacks import split_reporters
+from .checkpoints import is_leftover, last_checkpoint, save_adapter, sweep
 from .config import RUN_FILE, RunConfig
 from .files import staged, write_json
+from .interruption import Interrupted, StopSignal, stop_signals
 from .loading import load_model, load_tokenizer
 from .losses import held_out_loss
-from .prepare import check_vocabulary, prepare_data
-from .trainer import make_trainer, save_adapter
+from .optimizers import optimizer_class
+from .overfit_gate import run_gate
+from .preference import held_out_margin
+from .prepare import Prepared, check_fingerprint, check_vocabulary, fingerprint, prepare_data
+from .trainer import RunTrainer, make_trainer
 
 RESULT_FILE = "result.json"
+DATA_FILE = "data.json"
+# A run of so many steps is long enough to try one batch first.
+LONG_RUN = 200
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run measured. Losses are means over held-out label tokens; None without a split."""
+    """What a run measured on held-out data; None without a split.
+
+    Losses are means over label tokens. Runs on preferences have margins instead: how much likelier
+    wanted answers are than unwanted ones, in nats.
+    """
 
     output: str
     steps: int
     seconds: float
     trained_parameters: int
     trained_tensors: int
-    held_out_loss_before: float | None
-    held_out_loss_after: float | None
     train_data: dict[str, int]
     held_out_data: dict[str, int]
-    history: list[dict[str, float]] = field(repr=False)
+    held_out_loss_before: float | None = None
+    held_out_loss_after: float | None = None
+    held_out_margin_before: float | None = None
+    held_out_margin_after: float | None = None
+    overfit_gate: dict[str, float] | None = None
+    history: list[dict[str, float]] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,43 +74,108 @@ def train(
 ) -> TrainResult:
     """Run a fine-tuning, or continue one from its last checkpoint.
 
+    A finished run that is continued gives its result again.
+
     Raises:
         ValueError: bad data or settings, found before any weight is loaded; an output directory
             that holds another run.
+        OSError: a checkpoint could not be written; those before it are whole.
+        Interrupted: a signal stopped the run; it says which checkpoint to continue from.
     """
+    with stop_signals() as stop:
+        try:
+            return _train(config, resume, callbacks, stop)
+        except Interrupted as cut:
+            if cut.checkpoint is None and (last := last_checkpoint(config.output)):
+                cut.checkpoint, cut.step = str(last), int(last.name.rpartition("-")[2])
+            raise
+
+
+def _train(
+    config: RunConfig, resume: bool, callbacks: Sequence[TrainerCallback], stop: StopSignal
+) -> TrainResult:
+    output = Path(config.output)
     checkpoint = _open_output(config, resume)
+    if resume and (output / RESULT_FILE).is_file():
+        return TrainResult(**json.loads((output / RESULT_FILE).read_text(encoding="utf-8")))
+    optimizer_class(config.optimizer)
+    split_reporters(config.report_to)
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer)
     check_vocabulary(data, Dsv4Config.from_pretrained(config.model).vocab_size)
+    prints = fingerprint(config, data)
+    if resume and (output / DATA_FILE).is_file():
+        check_fingerprint(prints, json.loads((output / DATA_FILE).read_text(encoding="utf-8")))
     torch.manual_seed(config.seed)
     model = build_model(config)
-    config.save(Path(config.output, RUN_FILE))
+    write_json(output / DATA_FILE, prints)
+    config.save(output / RUN_FILE)
+    sweep(output)
     trainer = make_trainer(model, config, data, tokenizer, callbacks)
-    before = None
-    if data.held_out is not None:
-        with model.disable_adapter():
-            before = held_out_loss(model, data.held_out, tokenizer)
+    trainer.stop = stop
+    gate = None if checkpoint else _try_one_batch(trainer, config, data)
+    with model.disable_adapter():
+        before = _held_out(model, config, data, tokenizer)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - start
-    after = None if data.held_out is None else held_out_loss(model, data.held_out, tokenizer)
+    with stop.patient():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.signum is not None:
+        raise Interrupted(stop.signum)
+    result = _measure(trainer, config, data, tokenizer, before, time.perf_counter() - start, gate)
+    with staged(output) as folder:
+        save_adapter(model, folder)
+        write_json(folder / RESULT_FILE, result.to_dict())
+    return result
+
+
+def _measure(
+    trainer: RunTrainer,
+    config: RunConfig,
+    data: Prepared,
+    tokenizer: PreTrainedTokenizerBase,
+    before: float | None,
+    seconds: float,
+    gate: dict[str, float] | None,
+) -> TrainResult:
+    model = trainer.model
     counted = count_adapters(model)
-    result = TrainResult(
+    after = _held_out(model, config, data, tokenizer)
+    word = "loss" if config.objective == "sft" else "margin"
+    return TrainResult(
         output=config.output,
         steps=trainer.state.global_step,
         seconds=seconds,
         trained_parameters=counted["parameters"],
         trained_tensors=counted["tensors"],
-        held_out_loss_before=before,
-        held_out_loss_after=after,
+        **{f"held_out_{word}_before": before, f"held_out_{word}_after": after},
         train_data=data.train_report.to_dict(),
         held_out_data=data.held_out_report.to_dict(),
+        overfit_gate=gate,
         history=trainer.state.log_history,
     )
-    with staged(config.output) as folder:
-        save_adapter(model, folder)
-        write_json(folder / RESULT_FILE, result.to_dict())
-    return result
+
+
+def _held_out(
+    model: PeftModel, config: RunConfig, data: Prepared, tokenizer: PreTrainedTokenizerBase
+) -> float | None:
+    """The loss, or the margin, on what is held out."""
+    if data.held_out is None:
+        return None
+    if config.objective == "sft":
+        return held_out_loss(model, data.held_out, tokenizer)
+    return held_out_margin(model, data.held_out, tokenizer)
+
+
+def _try_one_batch(
+    trainer: RunTrainer, config: RunConfig, data: Prepared
+) -> dict[str, float] | None:
+    """Run the gate where the settings ask for it, and before long runs."""
+    steps = config.max_steps or steps_per_epoch(config, len(data.train)) * config.epochs
+    if config.overfit_gate == "off" or (config.overfit_gate == "auto" and steps < LONG_RUN):
+        return None
+    size = min(config.batch_size, len(data.train))
+    batch = trainer.data_collator([data.train[i] for i in range(size)])
+    return run_gate(trainer, batch, config.learning_rate).to_dict()
 
 
 def build_model(config: RunConfig) -> PeftModel:
@@ -112,7 +195,7 @@ def build_model(config: RunConfig) -> PeftModel:
     )
 
 
-def _open_output(config: RunConfig, resume: bool) -> str | None:
+def _open_output(config: RunConfig, resume: bool) -> Path | None:
     """The checkpoint to continue from; None at a beginning.
 
     Raises:
@@ -126,10 +209,12 @@ def _open_output(config: RunConfig, resume: bool) -> str | None:
                 f"output: {output} holds a run already; continue it with resume, or give another "
                 "directory"
             )
-        if output.is_dir() and any(output.iterdir()):
+        # A run that was killed before it began may have left these.
+        others = [p for p in output.iterdir() if not is_leftover(p)] if output.is_dir() else []
+        if any(path.name != DATA_FILE for path in others):
             raise ValueError(f"output: wanted an empty or new directory, got {output} with files")
         return None
     if not run.is_file():
         raise ValueError(f"resume: wanted a run in {output}, found no {RUN_FILE}")
     config.check_continues(RunConfig.from_yaml(run))
-    return get_last_checkpoint(str(output))
+    return last_checkpoint(output)

@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
 )
 
-from .arguments import training_arguments
+from .arguments import steps_per_epoch, training_arguments
+from .callbacks import LOG_FILE, EarlyStopping, LogFile, report_callbacks
+from .checkpoints import SafeCheckpoints, restore_adapter, save_adapter
 from .config import RunConfig
 from .data import PackingCollator, PaddingCollator, pad_token
 from .losses import held_out_loss, sum_loss
+from .optimizers import make_optimizer, make_rules
+from .pace import MeasuredTrainer
 from .prepare import Prepared, prepare_data
 
 __all__ = [
@@ -33,14 +36,52 @@ __all__ = [
     "held_out_loss",
     "make_trainer",
     "prepare_data",
+    "restore_adapter",
     "save_adapter",
     "sum_loss",
     "training_arguments",
 ]
 
 
-class AdapterTrainer(Trainer):
-    """transformers' Trainer with a held-out loss that counts tokens, not rows or batches."""
+class RunTrainer(SafeCheckpoints, MeasuredTrainer):
+    """What every objective's Trainer has in common: safe checkpoints, speed, a run's optimizer.
+
+    Attributes:
+        config: the run. Set before training.
+    """
+
+    config: RunConfig
+    optimizer: Any
+    _recomputes = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The run's optimizer, over what trains."""
+        if not self.optimizer:
+            run = self.config
+            self.optimizer = make_optimizer(
+                run.optimizer,
+                self.model if model is None else model,
+                run.learning_rate,
+                run.weight_decay,
+                make_rules(run.lr_ratios, run.lora_plus_ratio),
+            )
+        return self.optimizer
+
+    def learn_alone(self, batch: dict[str, Any]) -> float:
+        """Loss of one batch outside of the training loop; its gradient is added to what is there.
+
+        As in the loop otherwise: the objective, the mode, and what is computed again.
+        """
+        if self.args.activation_checkpointing and not self._recomputes:
+            self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+            self._recomputes = True
+        self.current_gradient_accumulation_steps = 1
+        # A copy: objectives take batches apart.
+        return float(self.training_step(self.model, dict(batch)))
+
+
+class AdapterTrainer(RunTrainer):
+    """A held-out loss that counts tokens, not rows or batches."""
 
     def evaluate(
         self,
@@ -63,16 +104,6 @@ class AdapterTrainer(Trainer):
         )
         return metrics
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the adapter alone: transformers would pickle the arguments beside it."""
-        if self.args.should_save:
-            save_adapter(self.model, output_dir or self.args.output_dir, state_dict)
-
-
-def save_adapter(model: PeftModel, directory: str | Path, state_dict: dict | None = None) -> None:
-    """Save adapters in PEFT's layout, without asking the Hub whether the vocabulary has grown."""
-    model.save_pretrained(str(directory), state_dict=state_dict, save_embedding_layers=False)
-
 
 def make_trainer(
     model: nn.Module,
@@ -80,21 +111,58 @@ def make_trainer(
     data: Prepared,
     tokenizer: PreTrainedTokenizerBase,
     callbacks: Sequence[TrainerCallback] = (),
-) -> AdapterTrainer:
-    """transformers' Trainer, silent and offline, with a run's settings."""
-    trainer = AdapterTrainer(
-        model=model,
-        args=training_arguments(config, evaluates=data.held_out is not None),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        data_collator=(
-            PackingCollator() if config.packing else PaddingCollator(pad_token(tokenizer))
-        ),
-        callbacks=list(callbacks),
-    )
+) -> RunTrainer:
+    """The Trainer of a run's objective, silent and offline, with a run's settings.
+
+    Raises:
+        ValueError: a reporter that is not installed, or patience without anything held out.
+    """
+    evaluates = data.held_out is not None
+    names, reporters = report_callbacks(config.report_to, config.output)
+    epoch_steps = steps_per_epoch(config, len(data.train), PartialState().num_processes)
+    listeners = [*reporters, *early_stopping(config, evaluates), *callbacks]
+    if config.objective == "sft":
+        arguments = training_arguments(
+            config, evaluates=evaluates, epoch_steps=epoch_steps, report_to=names
+        )
+        trainer: RunTrainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            data_collator=(
+                PackingCollator() if config.packing else PaddingCollator(pad_token(tokenizer))
+            ),
+            callbacks=listeners,
+        )
+    else:
+        # It builds on this module.
+        from .preference import make_preference_trainer
+
+        trainer = make_preference_trainer(
+            model, config, data, tokenizer, epoch_steps, names, listeners
+        )
+    trainer.config = config
+    trainer.keeps_best = evaluates and config.keep_best
+    trainer.add_callback(LogFile(Path(config.output, LOG_FILE)))
     # It prints to standard output, which belongs to the caller.
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def early_stopping(config: RunConfig, evaluates: bool) -> list[TrainerCallback]:
+    """The callback that a run's patience asks for.
+
+    Raises:
+        ValueError: nothing is held out, so that patience would never end.
+    """
+    if config.patience is None:
+        return []
+    if not evaluates:
+        raise ValueError(
+            "patience: wanted held-out records to judge by, got none; give eval_fraction"
+        )
+    return [EarlyStopping(config.patience)]
 
 
 def __getattr__(name: str) -> Any:

@@ -38,7 +38,7 @@ from .kernel_choice import set_kernels
 from .layers import Float32Head, RMSNorm
 from .loading import PretrainedLoading
 from .outputs import Kept, States, Wanted, refuse_unknown
-from .precision import FLOAT32_NAMES
+from .precision import FLOAT32_NAMES, own_dtypes
 from .resizing import resize_vocabulary
 from .rotary import rotation
 from .segments import RowState, Segments, find_segments, find_step
@@ -161,6 +161,7 @@ class Dsv4Model(Dsv4PreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @own_dtypes
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -425,6 +426,7 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, Dsv4Generation, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
+    @own_dtypes
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -10,7 +10,9 @@
 | everything else | model dtype | model dtype |
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +28,23 @@ FLOAT32_NAMES = (
     "e_score_correction_bias_vl",
 )
 _HALF = (torch.bfloat16, torch.float16)
+
+
+def own_dtypes(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Compute a model as the table says, also where autocast is on around it.
+
+    Autocast, which trainers switch on by themselves, would round the float32 rows to bfloat16.
+    """
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kind = self.device.type
+        if not torch.is_autocast_enabled(kind):
+            return forward(self, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return forward(self, *args, **kwargs)
+
+    return run
 
 
 class Float32Parameters(nn.Module):

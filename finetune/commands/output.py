@@ -35,7 +35,7 @@ class Output:
         return Console(stderr=True, quiet=self.quiet)
 
 
-def loss_lines(before: float | None, after: float | None) -> list[str]:
-    """Say two losses, those that there are."""
+def loss_lines(before: float | None, after: float | None, word: str = "loss") -> list[str]:
+    """Say two losses, or other numbers, those that there are."""
     named = (("before", before), ("after", after))
-    return [f"loss {name}: {value:.4f}" for name, value in named if value is not None]
+    return [f"{word} {name}: {value:.4f}" for name, value in named if value is not None]

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dsv4-finetune train`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..config import RunConfig, read_yaml
+from ..interruption import Interrupted
 from ..progress import show_progress
 from .output import JsonOpt, Output, QuietOpt, loss_lines
 
@@ -15,6 +17,9 @@ def train(
     model: Annotated[str | None, typer.Option(help="Directory of the base model.")] = None,
     data: Annotated[Path | None, typer.Option(help="jsonl file.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory of the adapter.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="sft (default), or preferences: dpo, kto, orpo.")
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="attention, attention+shared or all (default).")
     ] = None,
@@ -32,8 +37,25 @@ def train(
         str | None, typer.Option(help="Resident experts of a quantized model, e.g. 2GiB.")
     ] = None,
     engram_memory: Annotated[str | None, typer.Option(help="Resident Engram rows.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw (default), adamw_8bit, paged_adamw_8bit, ...")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Evaluations without improvement that end the run.")
+    ] = None,
+    report_to: Annotated[
+        str | None, typer.Option(help="tensorboard (default), none, or others by name.")
+    ] = None,
+    overfit_gate: Annotated[
+        bool | None,
+        typer.Option(
+            "--overfit-gate/--no-overfit-gate",
+            help="Learn one batch by heart first; by default before long runs.",
+        ),
+    ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML with these and more settings; options win over it.")
+        list[Path] | None,
+        typer.Option(help="YAML with these and more settings; later files win, options over all."),
     ] = None,
     resume: Annotated[
         bool,
@@ -46,38 +68,53 @@ def train(
     given = dict(locals())
     for name in ("config", "resume", "as_json", "quiet"):
         del given[name]
-    settings = run_config(given, config, resume)
+    if overfit_gate is not None:
+        given["overfit_gate"] = "on" if overfit_gate else "off"
+    settings = run_config(given, config or [], resume)
     from ..running import train as run_training
 
     out = Output(as_json, quiet)
-    with show_progress(out.console()) as callback:
-        result = run_training(settings, resume=resume, callbacks=[callback])
+    try:
+        with show_progress(out.console()) as callback:
+            result = run_training(settings, resume=resume, callbacks=[callback])
+    except Interrupted as cut:
+        typer.echo(stop_line(cut, settings.output), err=True)
+        raise typer.Exit(cut.exit_code) from None
     values = result.to_dict()
     del values["history"]
     lines = [
         f"trained {result.trained_parameters:,} parameters in {result.steps} steps, "
         f"{result.seconds:.0f} s",
         *loss_lines(result.held_out_loss_before, result.held_out_loss_after),
+        *loss_lines(result.held_out_margin_before, result.held_out_margin_after, "margin"),
         f"adapter: {result.output}",
     ]
     out.result(values, lines)
 
 
-def run_config(given: dict[str, Any], config: Path | None, resume: bool) -> RunConfig:
-    """Settings from the file (or the run to be continued), with the options over them."""
+def stop_line(cut: Interrupted, output: str) -> str:
+    """Say what a stopped run has saved, and how to go on."""
+    if cut.checkpoint is None:
+        return f"stopped by {cut} before the first checkpoint: nothing is saved in {output}"
+    again = shlex.join(["dsv4-finetune", "train", "--output", output, "--resume"])
+    return f"stopped by {cut}: {cut.checkpoint} holds {cut.step} steps; continue with: {again}"
+
+
+def run_config(given: dict[str, Any], config: list[Path], resume: bool) -> RunConfig:
+    """Settings from the files (or the run to be continued), with the options over them."""
     options = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in given.items()
         if value is not None
     }
     values: dict[str, Any] = {}
-    if resume and config is None and "output" in options:
+    if resume and not config and "output" in options:
         earlier = Path(options["output"], "run.yaml")
         if not earlier.is_file():
             raise ValueError(f"resume: wanted a run in {options['output']}, found no run.yaml")
         values = read_yaml(earlier)
-    elif config is not None:
-        values = read_yaml(config)
+    else:
+        values = read_yaml(*config)
     missing = [f"--{key}" for key in ("model", "data", "output") if key not in values | options]
     if missing:
         raise typer.BadParameter(f"wanted {', '.join(missing)}, or a --config that has them")

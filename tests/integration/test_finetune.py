@@ -2,8 +2,10 @@
 """Fine-tuning from files to files, through the program: check, train, resume, eval, merge."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune.cli import app, run
 from finetune.config import RunConfig
+from finetune.interruption import Interrupted
 from finetune.running import train
 from modeling_dsv4 import Dsv4Config, Dsv4ForCausalLM
 from quantize.config import get_recipe
@@ -286,6 +289,41 @@ def test_settings_come_from_a_file_and_options_win(
     assert (code, "unknown keys colour" in " ".join(err.split())) == (1, True)
 
 
+def test_a_stopped_run_says_what_is_saved_and_how_to_go_on(
+    call: Call, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("train", "--model", base, "--data", data, "--output", tmp_path / "my out")
+    for cut, expected in (
+        (Interrupted(signal.SIGINT, "my out/checkpoint-3", 3), "my out/checkpoint-3 holds 3 steps"),
+        (Interrupted(signal.SIGTERM), "before the first checkpoint: nothing is saved"),
+    ):
+        monkeypatch.setattr("finetune.running._train", Mock(side_effect=cut))
+        code, out, err = call(*words)
+        assert (code, out) == (128 + cut.signum, "")
+        assert f"stopped by {signal.Signals(cut.signum).name}" in err
+        assert expected in " ".join(err.split())
+        assert (cut.checkpoint is None) == ("--resume" not in err)
+
+
+def test_lr_find_leaves_a_table_and_a_plot_and_nothing_else_changed(
+    call: Call, base: Path, data: Path, tmp_path: Path
+) -> None:
+    before = {p: p.read_bytes() for p in base.iterdir()}
+    output = tmp_path / "rates"
+    words = ("--model", base, "--data", data, "--output", output, "--low", 1e-4, "--steps", 20)
+    code, out, err = call("lr-find", *words, "--json", "--quiet")
+    assert code == 0, err
+    found = json.loads(out)
+    assert 1e-4 < found["suggestion"] < 0.2
+    assert {k: v for k, v in found.items() if k != "output"} == json.loads(
+        (output / "lr_find.json").read_text()
+    )
+    assert {p.name for p in output.iterdir()} == {f"lr_find.{k}" for k in ("json", "svg", "png")}
+    assert {p: p.read_bytes() for p in base.iterdir()} == before
+    code, _, err = call("lr-find", *words, "--steps", 3)
+    assert (code, "wanted at least 10 steps" in " ".join(err.split())) == (1, True)
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -299,7 +337,7 @@ def test_wrong_usage_ends_with_2(call: Call, words: tuple[str, ...]) -> None:
     assert call(*words)[0] == 2
 
 
-@pytest.mark.parametrize("command", ["check", "train", "eval", "merge"])
+@pytest.mark.parametrize("command", ["check", "lr-find", "train", "eval", "merge"])
 def test_every_command_explains_itself(call: Call, command: str) -> None:
     code, out, _ = call(command, "--help")
     assert (code, f"Example: dsv4-finetune {command}" in out) == (0, True)

@@ -23,6 +23,13 @@ def test_given_options_win_over_the_file(tmp_path: Path) -> None:
     assert (run.rank, run.seed) == (8, 3)
 
 
+def test_later_files_win(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("model: m\ndata: d\noutput: o\nrank: 4\nseed: 3\n")
+    (tmp_path / "two.yaml").write_text("rank: 8\nlr_ratios:\n  .*o_a_proj.*: 2\n")
+    run = RunConfig.from_yaml(tmp_path / "one.yaml", tmp_path / "two.yaml", seed=5)
+    assert (run.rank, run.seed, run.lr_ratios) == (8, 5, {".*o_a_proj.*": 2})
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -37,6 +44,13 @@ def test_given_options_win_over_the_file(tmp_path: Path) -> None:
         (BASE | {"loss_on": "prompts"}, "loss_on: wanted one of answers, all"),
         (BASE | {"preset": "everything"}, "preset: wanted one of"),
         (BASE | {"expert_memory": 2}, "expert_memory: wanted"),
+        (BASE | {"optimizer": "adam"}, "optimizer: wanted one of adamw, sgd"),
+        (BASE | {"overfit_gate": True}, "overfit_gate: wanted"),
+        (BASE | {"patience": 0}, "patience: wanted at least 1, got 0"),
+        (BASE | {"lora_plus_ratio": 0}, "lora_plus_ratio: wanted more than 0"),
+        (BASE | {"lr_ratios": ["x"]}, "lr_ratios: wanted"),
+        (BASE | {"lr_ratios": {"(": 2.0}}, "lr_ratios: wanted patterns of names"),
+        (BASE | {"lr_ratios": {"x": "2"}}, "lr_ratios: wanted numbers above 0, got '2' for x"),
     ],
 )
 def test_bad_settings_are_named(values: dict, message: str) -> None:
@@ -57,6 +71,8 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
 
 def test_a_run_continues_only_with_its_own_settings() -> None:
     earlier = RunConfig(**BASE, rank=4)
-    RunConfig(**BASE, rank=4, logging_steps=1, expert_memory="1GiB").check_continues(earlier)
+    RunConfig(
+        **BASE, rank=4, logging_steps=1, expert_memory="1GiB", report_to="none"
+    ).check_continues(earlier)
     with pytest.raises(ValueError, match=r"rank 4 -> 8; seed 0 -> 1"):
         RunConfig(**BASE, rank=8, seed=1).check_continues(earlier)

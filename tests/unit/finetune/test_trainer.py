@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from finetune import attach_adapters
+from finetune.callbacks import read_log
+from finetune.checkpoints import list_checkpoints
 from finetune.config import RunConfig
 from finetune.data import Examples, PackingCollator, PaddingCollator, encode_records
 from finetune.records import Record, split_records
@@ -27,6 +29,8 @@ from finetune.trainer import (
     Prepared,
     held_out_loss,
     make_trainer,
+    restore_adapter,
+    save_adapter,
     sum_loss,
 )
 
@@ -59,6 +63,7 @@ def _config(tmp_path: Path, **changes: Any) -> RunConfig:
         "save_steps": 3,
         "eval_steps": 3,
         "max_length": 256,
+        "report_to": "none",
     }
     return RunConfig(**values | changes)
 
@@ -208,7 +213,134 @@ def test_checkpoints_hold_the_adapter_and_nothing_of_the_base(
     files = {p.name: p.stat().st_size for p in Path(config.output, "checkpoint-3").iterdir()}
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     assert trained <= files["adapter_model.safetensors"] < 1.2 * trained
-    assert "training_args.bin" not in files
+    assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".md"}
+
+
+class Scripted(AdapterTrainer):
+    """Held-out losses as a test wants them, one per evaluation; the weights are the real ones."""
+
+    script: tuple[float, ...] = ()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        done = sum("eval_loss" in entry for entry in self.state.log_history)
+        metrics = {"eval_loss": self.script[done]}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_patience_ends_a_run_and_the_best_adapter_is_kept(
+    make_model: MakeModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    packing: bool,
+) -> None:
+    """Evaluations at 1, 2, ...: the best at 2, stopped at 4. Step 2 saves though none is due."""
+    monkeypatch.setattr("finetune.trainer.AdapterTrainer", Scripted)
+    Scripted.script = (3.0, 2.0, 2.5, 2.0, 1.0)
+    config = _config(
+        tmp_path, patience=2, eval_steps=1, save_steps=3, keep_checkpoints=1, packing=packing
+    )
+    data = _prepared(tokenizer, 256 if packing else None)
+    kept: dict[str, torch.Tensor] = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(
+            self,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            **kwargs: Any,
+        ) -> None:
+            if state.global_step == 2:
+                kept.update({n: p.detach().clone() for n, p in kwargs["model"].named_parameters()})
+
+    trainer = make_trainer(attach_adapters(make_model(), r=4), config, data, tokenizer, [Keep()])
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert [p.name for p in list_checkpoints(config.output)] == ["checkpoint-2"]
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, kept[name]), name
+
+
+def test_patience_needs_something_held_out(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    data = dataclasses.replace(_prepared(tokenizer), held_out=None)
+    with pytest.raises(ValueError, match="patience: wanted held-out records"):
+        make_trainer(make_model(), _config(tmp_path, patience=1), data, tokenizer)
+
+
+def test_what_was_logged_is_in_a_file_with_speed_and_memory(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = _config(tmp_path, max_steps=3, batch_size=3, eval_steps=2)
+    data = _prepared(tokenizer)
+    trainer = make_trainer(attach_adapters(make_model(), r=4), config, data, tokenizer)
+    trainer.train()
+    log = read_log(Path(config.output, "log.jsonl"))
+    assert [entry["step"] for entry in log] == [1, 2, 2, 3, 3, 3]
+    losses = [entry for entry in log if "loss" in entry]
+    # One pass: nine records in three steps, pads not counted.
+    assert losses[-1]["tokens"] == sum(len(data.train[i]["input_ids"]) for i in range(9))
+    assert all(entry["tokens_per_second"] > 0 and entry["memory_gib"] > 0.01 for entry in losses)
+    assert all(entry["busiest_expert"] >= 1 > entry["idle_experts"] for entry in losses)
+    assert [entry["eval_loss"] for entry in log if "eval_loss" in entry] == [
+        entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry
+    ]
+
+
+def test_tensorboard_gets_a_folder_in_the_output(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = _config(tmp_path, max_steps=2, report_to="tensorboard")
+    model = attach_adapters(make_model(), "attention", r=4)
+    make_trainer(model, config, _prepared(tokenizer), tokenizer).train()
+    board = accumulator.EventAccumulator(str(tmp_path / "out" / "logs")).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2]
+    assert [event.step for event in board.Scalars("eval/loss")] == [2]
+    with pytest.raises(ValueError, match="report_to: wanted none or installed reporters"):
+        make_trainer(model, _config(tmp_path, report_to="nobody"), _prepared(tokenizer), tokenizer)
+
+
+def test_bfloat16_weights_train_float32_adapters(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = attach_adapters(make_model().to(torch.bfloat16), r=4)
+    data = _prepared(tokenizer)
+    trainer = make_trainer(model, _config(tmp_path, eval_steps=6), data, tokenizer)
+    before = held_out_loss(model, data.held_out, tokenizer)
+    trainer.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    states = [state["exp_avg"] for state in trainer.optimizer.state.values()]
+    assert len(states) == len(trained)
+    assert {t.dtype for t in (*trained, *states)} == {torch.float32}
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert held_out_loss(model, data.held_out, tokenizer) < before - 0.3
+
+
+def test_an_adapter_that_cannot_be_written_is_an_error_of_the_disk(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_model.safetensors").mkdir()
+    with pytest.raises(OSError, match="could not write the adapter|Is a directory"):
+        save_adapter(attach_adapters(make_model(), "attention", r=2), tmp_path)
+
+
+def test_another_runs_checkpoint_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    small, large = (attach_adapters(make_model(), preset, r=4) for preset in ("attention", "all"))
+    save_adapter(small, tmp_path / "small")
+    save_adapter(large, tmp_path / "large")
+    restore_adapter(large, tmp_path / "large")
+    with pytest.raises(ValueError, match=r"\d+ missing tensors, e\.g\. .*lora_A"):
+        restore_adapter(large, tmp_path / "small")
+    with pytest.raises(ValueError, match=r"\d+ unknown tensors, e\.g\. .*lora_A"):
+        restore_adapter(small, tmp_path / "large")
 
 
 def test_an_output_that_holds_other_files_is_refused(tmp_path: Path) -> None:

@@ -163,3 +163,24 @@ def test_the_list_matters(golden: Callable[[str], Any]) -> None:
                 tensor.copy_(tensor.to(torch.bfloat16))
         error = (model(ids).logits[0] - case.expected["logits_b_f32"]).abs().max()
     assert error > 5e-3
+
+
+@pytest.mark.parametrize("kind", ["v4", "v41"])
+def test_autocast_around_a_model_changes_nothing(tiny: Callable[..., Any], kind: str) -> None:
+    """Trainers switch it on; the float32 rows would become bfloat16, and gradients fail."""
+    model = tiny(kind)
+    ids = torch.arange(24)[None] % model.config.vocab_size
+    results = []
+    for on in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            out = model(input_ids=ids, labels=ids)
+            hidden = model.model(input_ids=ids).last_hidden_state
+        out.loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((out.logits, hidden, grads))
+    (logits, hidden, grads), (logits_too, hidden_too, grads_too) = results
+    assert torch.equal(logits, logits_too)
+    assert torch.equal(hidden, hidden_too)
+    assert grads.keys() == grads_too.keys()
+    assert all(torch.equal(grads[name], grads_too[name]) for name in grads)

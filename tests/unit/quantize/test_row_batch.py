@@ -80,3 +80,18 @@ def test_ids_that_are_no_rows_are_told(file: int) -> None:
     for twin, reader in enumerate(_readers(file, 100)):
         for wrong in (-1, ROWS):
             assert _run(reader, np.array([0, wrong, 5]), 100, bool(twin)) is None
+
+
+def test_a_row_that_was_begun_twice_is_kept_once(file: int) -> None:
+    ids = np.array([7, 3, 1999])
+    for twin, reader in enumerate(_readers(file, 100)):
+        with pytest.MonkeyPatch.context() as patch:
+            if twin:
+                patch.setattr(row_batch, "_functions", lambda: (None, None))
+            batches = [reader.begin(ids, 0) for _ in range(2)]
+            for batch in batches:
+                assert batch is not None and len(batch.left) == 3
+                read_spans(file, reader.spans(batch), np.arange(3))
+                reader.end(batch)
+        held = reader.cache.keys[reader.cache.keys >= 0]
+        assert sorted(held.tolist()) == sorted((ids + BASE).tolist())

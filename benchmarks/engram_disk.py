@@ -179,8 +179,8 @@ def main() -> None:
             opened.append(time.perf_counter() - start)
         title = (
             f"{size / 1e9:.2f} GB of tables; loaded in {opened[0]:.2f} s with them in memory, in "
-            f"{opened[1]:.2f} s with them on disk ({arguments.memory} of rows); limit of the ratio "
-            f"where the page cache is warm: {LIMIT}"
+            f"{opened[1]:.2f} s with them on disk ({arguments.memory} of rows); limit of the "
+            f"ratio: {LIMIT}"
         )
         table = Table(title=title)
         for column in ("tokens", "memory ms", "disk ms", "ratio", "hit rate", "reads/token",

@@ -3,6 +3,7 @@
 
 Set associative: a key may lie in one of a few ways of one set, so that a look-up is a comparison of
 arrays and not a walk through a dictionary. The least recently used way of its set makes room.
+`cpu/rows.c` does the same on the same arrays.
 """
 
 import numpy as np
@@ -38,16 +39,22 @@ class RowCache:
             )
         ways = min(_WAYS, count)
         self._sets = count // ways
-        self._keys: Ids = np.full((self._sets, ways), -1, np.int64)
-        self._used: Ids = np.zeros((self._sets, ways), np.int64)
+        self.keys: Ids = np.full((self._sets, ways), -1, np.int64)
+        self.used: Ids = np.zeros((self._sets, ways), np.int64)
         # Not filled: pages are taken when rows are written into them.
-        self._rows: Rows = np.empty((self._sets, ways, row_bytes), np.uint8)
-        self._tick = 0
+        self.rows: Rows = np.empty((self._sets, ways, row_bytes), np.uint8)
+        # One number, where C finds it.
+        self.tick: Ids = np.zeros(1, np.int64)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.rows.shape[2]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays, never more than the budget."""
-        return self._keys.nbytes + self._used.nbytes + self._rows.nbytes
+        return self.keys.nbytes + self.used.nbytes + self.rows.nbytes
 
     def read(self, keys: Ids, out: Rows) -> Mask:
         """Copy the rows of keys [n] that are held into their places of `out` [n, row].
@@ -56,12 +63,12 @@ class RowCache:
             Which were held [n].
         """
         sets = self._set(keys)
-        same = self._keys[sets] == keys[:, None]  # [n, ways]
+        same = self.keys[sets] == keys[:, None]  # [n, ways]
         held: Mask = same.any(1)
         sets, ways = sets[held], same[held].argmax(1)
-        out[held] = self._rows[sets, ways]
-        self._tick += 1
-        self._used[sets, ways] = self._tick
+        out[held] = self.rows[sets, ways]
+        self.tick += 1
+        self.used[sets, ways] = self.tick[0]
         return held
 
     def write(self, keys: Ids, rows: Rows) -> None:
@@ -76,18 +83,18 @@ class RowCache:
         ordered = sets[order]
         first = np.searchsorted(ordered, ordered)
         rank = np.arange(len(keys)) - first
-        fits = rank < self._keys.shape[1]
+        fits = rank < self.keys.shape[1]
         order, rank, into = order[fits], rank[fits], ordered[fits]
         # All keys of a set see the same ages, and each takes the way of its rank.
-        ways = np.argsort(self._used[into], axis=1, kind="stable")[np.arange(len(into)), rank]
-        self._keys[into, ways] = keys[order]
-        self._rows[into, ways] = rows[order]
-        self._tick += 1
-        self._used[into, ways] = self._tick
+        ways = np.argsort(self.used[into], axis=1, kind="stable")[np.arange(len(into)), rank]
+        self.keys[into, ways] = keys[order]
+        self.rows[into, ways] = rows[order]
+        self.tick += 1
+        self.used[into, ways] = self.tick[0]
 
     def holds(self, keys: Ids) -> Mask:
         """Which of keys [n] are held; no use is noted."""
-        held: Mask = (self._keys[self._set(keys)] == keys[:, None]).any(1)
+        held: Mask = (self.keys[self._set(keys)] == keys[:, None]).any(1)
         return held
 
     def _set(self, keys: Ids) -> Ids:

@@ -11,7 +11,8 @@ take(table, ids) ── waits for its own reads ──> [n, row], and the cache 
 ```
 
 A miss is first tried without waiting: what the system's page cache holds is there at once, and only
-what the disk has to bring goes through threads. Rows side by side in a page are one read.
+what the disk has to bring goes through threads. Either is one call for all rows, outside of the
+interpreter's lock (`row_batch.py`, `modeling_dsv4/cpu/rows.py`).
 """
 
 import os
@@ -21,24 +22,21 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from .pack import read_exactly
+from modeling_dsv4.cpu.rows import Spans, read_spans
+
+from .row_batch import Batch, BatchReader
 from .row_cache import Ids, RowCache, Rows
 from .tables import TableFile
 
-_PAGE = 4096
 _THREADS = 64
-# Reads that one thread does after another, where there are more than threads.
-_LEAST_SHARE = 16
+# Reads that one thread asks for: the disk works on all of them, and waking many threads costs more.
+_LEAST_SHARE = 256
 # More misses than this go to the threads at once: trying each would hold the pass up.
-_TRIED = 256
-# Where the system has them: read what it holds already, and have it fetch ranges meanwhile.
-_NO_WAIT = getattr(os, "RWF_NOWAIT", None)
-_WILL_NEED = getattr(os, "POSIX_FADV_WILLNEED", None)
+_TRIED = 1024
 
 
 @dataclass
@@ -63,18 +61,11 @@ class RowCounts:
 
 
 @dataclass
-class _Batch:
-    """Rows of one table for one pass.
+class _Begun:
+    """A batch, its ids as bytes, and the reads that it waits for."""
 
-    `ids` [n] as asked for; `unique` without repeats; `place` [n] of each in `unique`; `rows`
-    [unique, row] filled as reads end; `missed`: which were read.
-    """
-
-    ids: Ids
-    unique: Ids
-    place: Ids
-    rows: Rows
-    missed: Ids
+    batch: Batch
+    told: bytes
     reads: "list[Future[None]]" = field(default_factory=list)
 
 
@@ -97,9 +88,7 @@ class RowStore:
         self.counts = RowCounts()
         self._row_bytes = max(table.layout.nbytes for table in self.tables)
         self._cache = RowCache(budget, self._row_bytes)
-        # Ids of all tables as one range of keys.
-        self._base = np.cumsum([0, *(table.num_rows for table in self.tables)])
-        self._pending: dict[int, _Batch] = {}
+        self._pending: dict[int, _Begun] = {}
         self._lock = threading.Lock()
         self._threads = threads
         self._files: list[int] = []
@@ -109,6 +98,12 @@ class RowStore:
             if hasattr(os, "posix_fadvise"):
                 # Rows lie anywhere: reading ahead would bring pages that nobody wants.
                 os.posix_fadvise(self._files[-1], 0, 0, os.POSIX_FADV_RANDOM)
+        # Ids of all tables as one range of keys.
+        base = np.cumsum([0, *(table.num_rows for table in self.tables)]).tolist()
+        self._readers = [
+            BatchReader(self._cache, file, t.start, t.layout.nbytes, first, t.num_rows)
+            for t, file, first in zip(self.tables, self._files, base, strict=False)
+        ]
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="engram-read")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowStore":
@@ -136,122 +131,59 @@ class RowStore:
             OSError: a read failed, or the file was cut short.
         """
         with self._lock:
-            batch = self._pending.pop(table, None)
-            if batch is None or not np.array_equal(batch.ids, ids):
-                batch = self._begin(table, ids)
-        self._wait(batch)
-        with self._lock:
-            keys = batch.unique[batch.missed] + self._base[table]
-            new = ~self._cache.holds(keys)
-            self._cache.write(keys[new], batch.rows[batch.missed[new]])
-        return batch.rows[batch.place][:, : self.tables[table].layout.nbytes]
+            begun = self._pending.pop(table, None)
+            if begun is None or begun.told != ids.tobytes():
+                begun = self._begin(table, ids)
+        if begun.reads:
+            self._wait(begun)
+            with self._lock:
+                self._readers[table].end(begun.batch)
+        size = self.tables[table].layout.nbytes
+        return begun.batch.rows if size == self._row_bytes else begun.batch.rows[:, :size]
 
     def close(self) -> None:
         """Stop the threads and close the files; the store cannot be used afterwards."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._close()
 
-    def _begin(self, table: int, ids: Ids) -> _Batch:
-        unique, place = np.unique(ids, return_inverse=True)
-        if len(unique) and not 0 <= unique[0] <= unique[-1] < self.tables[table].num_rows:
+    def _begin(self, table: int, ids: Ids) -> "_Begun":
+        batch = self._readers[table].begin(np.ascontiguousarray(ids, np.int64), _TRIED)
+        if batch is None:
             raise ValueError(
                 f"{self.tables[table].path}: wanted rows 0 to {self.tables[table].num_rows - 1}, "
-                f"got {unique[0]} to {unique[-1]}; the file is another model's"
+                f"got {ids.min()} to {ids.max()}; the file is another model's"
             )
-        rows = np.empty((len(unique), self._row_bytes), np.uint8)
-        held = self._cache.read(unique + self._base[table], rows)
-        missed = np.flatnonzero(~held)
-        batch = _Batch(ids, unique, place.reshape(-1), rows, missed)
-        self.counts.engram_rows += len(ids)
-        self.counts.engram_hits += len(ids) - len(missed)
-        if len(missed):
-            self._start(table, batch)
-        return batch
+        begun, counts = _Begun(batch, ids.tobytes()), self.counts
+        counts.engram_rows += len(ids)
+        counts.engram_hits += len(ids) - batch.missed
+        if batch.missed:
+            counts.engram_reads += batch.pages
+            counts.engram_bytes_read += batch.missed * self.tables[table].layout.nbytes
+        if count := len(batch.left):
+            # The disk works on all that one thread asks for, and waking many costs more.
+            share = max(-(-count // self._threads), _LEAST_SHARE)
+            spans, numbers = self._readers[table].spans(batch), np.arange(count)
+            for at in range(0, count, share):
+                some = numbers[at : at + share]
+                begun.reads.append(self._pool.submit(self._read, table, spans, some))
+        return begun
 
-    def _start(self, table: int, batch: _Batch) -> None:
-        """Read what is in the page cache, and hand the rest to the threads."""
-        size, start = self.tables[table].layout.nbytes, self.tables[table].start
-        begin = start + batch.unique[batch.missed] * size
-        # Missed ids ascend; a row that begins in the page where the last one ends shares its read.
-        apart = begin[1:] // _PAGE != (begin[:-1] + size - 1) // _PAGE
-        cuts = np.flatnonzero(np.concatenate(([True], apart, [True]))).tolist()
-        spans = list(pairwise(cuts))
-        places, offsets = batch.missed.tolist(), begin.tolist()
-        self.counts.engram_reads += len(spans)
-        ends = begin[np.array(cuts[1:]) - 1] + size
-        self.counts.engram_bytes_read += int((ends - begin[np.array(cuts[:-1])]).sum())
+    def _read(self, table: int, spans: Spans, some: Ids) -> None:
+        try:
+            read_spans(self._files[table], spans, some)
+        except EOFError:
+            path = self.tables[table].path
+            raise OSError(f"{path}: a read ended early, the file was cut short") from None
 
-        descriptor, few = self._files[table], len(spans) <= _TRIED
-
-        def read(some: list[tuple[int, int]]) -> None:
-            if few and _WILL_NEED is not None:
-                for a, b in some:
-                    length = offsets[b - 1] + size - offsets[a]
-                    os.posix_fadvise(descriptor, offsets[a], length, _WILL_NEED)
-            for span in some:
-                self._read(table, batch.rows, places, offsets, span)
-
-        if few:
-            view, width = batch.rows.data.cast("B"), self._row_bytes
-            spans = [
-                (a, b) for a, b in spans
-                if b - a > 1
-                or not _read_cached(descriptor, view, places[a] * width, size, offsets[a])
-            ]  # fmt: skip
-        share = max(-(-len(spans) // self._threads), 1)
-        if len(spans) > self._threads:
-            share = max(share, _LEAST_SHARE)
-        elif _WILL_NEED is not None:
-            # The disk is asked for all of them at once by one thread: waking many costs more.
-            share = max(len(spans), 1)
-        for at in range(0, len(spans), share):
-            batch.reads.append(self._pool.submit(read, spans[at : at + share]))
-
-    def _read(
-        self,
-        table: int,
-        rows: Rows,
-        places: list[int],
-        offsets: list[int],
-        span: tuple[int, int],
-    ) -> None:
-        """Read the misses [first, last) of a span by one read, each into its place."""
-        first, last = span
-        path, size = self.tables[table].path, self.tables[table].layout.nbytes
-        descriptor = self._files[table]
-        if last - first == 1:
-            view = rows[places[first]].data[:size]
-            return read_exactly(path, descriptor, view, offsets[first])
-        start = offsets[first]
-        raw = np.empty(offsets[last - 1] + size - start, np.uint8)
-        read_exactly(path, descriptor, raw.data, start)
-        for i in range(first, last):
-            at = offsets[i] - start
-            rows[places[i], :size] = raw[at : at + size]
-        return None
-
-    def _wait(self, batch: _Batch) -> None:
-        if not batch.reads:
-            return
-        if not all(read.done() for read in batch.reads):
+    def _wait(self, begun: "_Begun") -> None:
+        if not all(read.done() for read in begun.reads):
             began = time.perf_counter()
-            for read in batch.reads:
+            for read in begun.reads:
                 read.exception()
             self.counts.engram_waits += 1
             self.counts.engram_wait_seconds += time.perf_counter() - began
-        for read in batch.reads:
+        for read in begun.reads:
             read.result()
-
-
-def _read_cached(descriptor: int, view: memoryview, at: int, size: int, start: int) -> bool:
-    """Read bytes that the page cache holds; False, at once, if the disk has to be asked."""
-    if _NO_WAIT is None:
-        return False
-    try:
-        return os.preadv(descriptor, [view[at : at + size]], start, _NO_WAIT) == size
-    except OSError:
-        # Not there, or a file system that cannot say; a read that fails for good fails again.
-        return False
 
 
 def _close_all(files: list[int]) -> None:

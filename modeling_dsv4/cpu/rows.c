@@ -24,19 +24,22 @@ int64_t dsv4_read_ready(int64_t file, uint8_t *out, const int64_t *start, const 
     return stay;
 }
 
+/* Spans that the disk is asked for at once. */
+enum { AHEAD = 256 };
+
 /* Reads all spans of `left` [count]. Gives -1, or the span that failed, with its error number in
  * `error`, 0 where the file ended. */
 int64_t dsv4_read_spans(int64_t file, uint8_t *out, const int64_t *start, const int64_t *size,
                         const int64_t *place, const int64_t *left, int64_t count,
                         int64_t *error) {
-#ifdef POSIX_FADV_WILLNEED
-    /* The disk works on all of them at once while the first is waited for. */
-    if (count > 1)
-        for (int64_t i = 0; i < count; ++i)
-            posix_fadvise((int)file, start[left[i]], size[left[i]], POSIX_FADV_WILLNEED);
-#endif
     for (int64_t i = 0; i < count; ++i) {
         const int64_t span = left[i];
+#ifdef POSIX_FADV_WILLNEED
+        /* The disk works on all of them at once while the first is waited for. */
+        if (i % AHEAD == 0 && count > 1)
+            for (int64_t j = i; j < count && j < i + AHEAD; ++j)
+                posix_fadvise((int)file, start[left[j]], size[left[j]], POSIX_FADV_WILLNEED);
+#endif
         for (int64_t done = 0; done < size[span];) {
             const ssize_t got = pread((int)file, out + place[span] + done,
                                       (size_t)(size[span] - done), start[span] + done);

@@ -111,7 +111,8 @@ def test_the_attention_kernel_reads_fetched_entries_as_resident_ones(
     monkeypatch.setattr(attention, "_FETCHED_NUMBERS", 2 * 4 * 16 * 3)
     block = tiny("v4").model.layers[1].self_attn
     q, k, x = torch.randn(2, 5, 4, 16), torch.randn(2, 12, 16), torch.randn(2, 40, 16)
-    ids = torch.randint(-1, 40, (2, 5, 4), dtype=torch.int32)
+    ids = torch.randint(0, 40, (2, 5, 4), dtype=torch.int32)
+    ids[0, 1, 2:], ids[1, 4] = -1, -1
     first, turn = torch.tensor([[0], [3]]).expand(2, 5), torch.randn(2, 5, 4, 2)
     from modeling_dsv4.kernels.attention import Reads, attend
 

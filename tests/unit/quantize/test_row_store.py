@@ -5,7 +5,6 @@ import copy
 import multiprocessing
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantize import row_store
+from modeling_dsv4.cpu import rows
+from quantize import row_batch, row_store
 from quantize.row_store import RowStore
 from quantize.tables import RowLayout, TableFile, table_header
 
@@ -22,15 +22,17 @@ ROWS = 3000
 Make = Callable[..., tuple[RowStore, list[np.ndarray]]]
 
 
-@pytest.fixture(params=["page cache", "disk", "threads"])
+@pytest.fixture(params=["C", "C, disk", "Python", "Python, disk"])
 def make(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Make]:
     """A store of two tables and their rows, as on systems that can more or less."""
-    if request.param != "page cache":
-        monkeypatch.setattr(row_store, "_NO_WAIT", None)
-    if request.param == "threads":
-        monkeypatch.setattr(row_store, "_WILL_NEED", None)
+    if request.param.startswith("Python"):
+        monkeypatch.setattr(rows, "_function", lambda *_: None)
+        monkeypatch.setattr(row_batch, "_functions", lambda: (None, None))
+    if request.param.endswith("disk"):
+        monkeypatch.setattr(row_store, "_TRIED", 0)
+        monkeypatch.setattr(rows, "_WILL_NEED", None)
     made = []
 
     def build(budget: int = 100 * 280, threads: int = 4) -> tuple[RowStore, list[np.ndarray]]:
@@ -93,40 +95,44 @@ def test_rows_of_one_page_are_one_read(make: Make) -> None:
 def test_all_reads_of_a_pass_start_before_any_is_waited_for(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_store, "_NO_WAIT", None)
-    if row_store._WILL_NEED is None:
-        wanted, reads = [], 48
-    else:
-        wanted, reads = [(table, 24) for table in (0, 1)], 2
-    store, rows = make(threads=64)
-    advised: Counter[int] = Counter()
-    advise = os.posix_fadvise
-    monkeypatch.setattr(
-        row_store.os,
-        "posix_fadvise",
-        lambda file, *rest: (advised.update([store._files.index(file)]), advise(file, *rest)),
-    )
-    begun, gate = threading.Semaphore(0), threading.Event()
-    real = row_store.read_exactly
+    monkeypatch.setattr(row_store, "_TRIED", 0)
+    store, wanted = make(threads=64)
+    begun, gate, seen = threading.Semaphore(0), threading.Event(), []
 
-    def slow(*args: object) -> None:
+    def slow(file: int, spans: rows.Spans, some: np.ndarray) -> None:
+        seen.append((store._files.index(file), len(some)))
         begun.release()
         assert gate.wait(10)
-        real(*args)
+        rows.read_spans(file, spans, some)
 
-    monkeypatch.setattr(row_store, "read_exactly", slow)
+    monkeypatch.setattr(row_store, "read_spans", slow)
     ids = np.arange(24) * 100
     for table in (0, 1):
         store.announce(table, ids)
-    # 48 are in flight at once, of both layers: as reads, or as what the system is asked to fetch.
-    assert all(begun.acquire(timeout=10) for _ in range(reads))
-    assert sorted(advised.items()) == wanted
+    # One call a table asks the disk for all that it needs.
+    assert all(begun.acquire(timeout=10) for _ in range(2))
+    assert sorted(seen) == [(0, 24), (1, 24)]
     threading.Timer(0.05, gate.set).start()
-    assert np.array_equal(store.take(0, ids), rows[0][ids])
-    assert np.array_equal(store.take(1, ids), rows[1][ids])
+    for table in (0, 1):
+        assert np.array_equal(store.take(table, ids), wanted[table][ids])
     counts = store.stats()
     assert counts["engram_waits"] >= 1
     assert 0.03 < counts["engram_wait_seconds"] < 5
+
+
+def test_many_reads_are_shared_out_among_the_threads(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_store, "_TRIED", 0)
+    store, wanted = make(threads=4)
+    shares: list[int] = []
+    real = rows.read_spans
+    monkeypatch.setattr(
+        row_store, "read_spans", lambda f, s, some: (shares.append(len(some)), real(f, s, some))
+    )
+    ids = np.random.default_rng(0).permutation(ROWS)
+    assert np.array_equal(store.take(0, ids), wanted[0][ids])
+    assert sorted(shares) == [750] * 4
 
 
 def test_what_was_announced_and_not_taken_does_no_harm(make: Make) -> None:

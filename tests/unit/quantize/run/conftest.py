@@ -28,4 +28,4 @@ def nano() -> Path:
 @pytest.fixture
 def engine(nano_parts) -> Callable[..., Engine]:
     """A fresh engine over the one loaded model."""
-    return lambda slots=2: Engine(*nano_parts, slots=slots)
+    return lambda slots=2, **more: Engine(*nano_parts, slots=slots, **more)

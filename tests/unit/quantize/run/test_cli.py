@@ -152,11 +152,24 @@ def test_files_stand_before_the_prompt_and_are_read_once(run, nano: Path, tmp_pa
     assert first["text"] == again["text"] == plain["text"]
     assert plain["stats"]["reused_tokens"] == 0
     assert again["stats"]["reused_tokens"] > 20
+    far = (*wish, "--cache", tmp_path / "kept", "--kv-offload", tmp_path / "kv")
+    far = json.loads(run(nano, *far)[1])
+    assert far["text"] == first["text"] and far["stats"]["reused_tokens"] > 20
+    assert not list((tmp_path / "kv").iterdir())
     other = json.loads(run(nano, *wish[:-1], "--json", "--cache", tmp_path / "kept")[1])
     assert other["stats"]["reused_tokens"] == again["stats"]["reused_tokens"]
     err = run(nano, *wish[:-1])[2]
     assert "read 2 files" in err
     assert "left out 2 that are hidden or no text" in err
+
+
+def test_a_place_for_entries_that_is_none_is_told_before_loading(
+    run, nano: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    code, _, err = run(nano, "--prompt", "So?", "--kv-offload", tmp_path / "file")
+    assert code == 1 and "loading" not in err
+    assert 'wanted "cpu" or a directory for the entries' in err
 
 
 def test_files_longer_than_the_context_are_refused_with_numbers(

@@ -75,6 +75,21 @@ def test_a_branch_keeps_the_cache_as_it_was_before_the_answer(engine) -> None:
     assert answer.ids == _plain(one, other, 12)
 
 
+@pytest.mark.parametrize("tier", ["cpu", "disk"])
+def test_entries_elsewhere_change_no_token_of_a_conversation(engine, tmp_path, tier: str) -> None:
+    one, other = engine(), engine(kv_offload="cpu" if tier == "cpu" else tmp_path)
+    ids = one.encode("<bos>" + "The Congress of the United States has shown " * 20)
+    for new in ([], one.encode(" is to be"), one.encode(" and the President")):
+        ids = [*ids, *new]
+        expected, found = (e.answer(ids, GREEDY, branch=True) for e in (one, other))
+        assert found.ids == expected.ids
+        assert found.stats.reused_tokens == expected.stats.reused_tokens
+        ids += found.ids
+    kept = other.reuse.kept[-1].cache
+    assert kept.offload_counts.kv_rows > 0
+    assert kept.memory_bytes() < one.reuse.kept[-1].cache.memory_bytes() or tier == "cpu"
+
+
 def test_a_seed_makes_a_drawn_answer_repeatable(engine) -> None:
     one = engine()
     ids = one.encode("<bos>The")

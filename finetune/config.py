@@ -26,6 +26,9 @@ Optimizer = Literal[
     "lion_8bit",
     "ademamix_8bit",
 ]
+Long = Literal["cut", "split", "reject"]
+OnBad = Literal["refuse", "skip"]
+Thinking = Literal["auto", "always", "never"]
 
 # Where a run keeps its settings, in its output directory.
 RUN_FILE = "run.yaml"
@@ -43,6 +46,9 @@ _FREE_ON_RESUME = (
 
 
 _CHOICES = {
+    "long": Long,
+    "on_bad": OnBad,
+    "thinking": Thinking,
     "objective": Objective,
     "loss_on": LossOn,
     "optimizer": Optimizer,
@@ -66,7 +72,7 @@ class RunConfig:
 
     Attributes:
         model: directory of the base model, plain or quantized.
-        data: jsonl file.
+        data: file or directory of records, see `finetune.sources`.
         output: directory of the adapter.
         objective: what is learned: texts and answers, or preferences, see `finetune.preference`.
         beta: how strongly preferences hold to the reference; of orpo, weight of the odds ratio.
@@ -75,10 +81,16 @@ class RunConfig:
         alpha: LoRA alpha; None makes the scale 2.
         expert_rank: r of one routed expert; None is `max(2, round(rank / active experts))`.
         dropout: on the input of linear adapters, never of experts.
-        max_length: tokens per example; longer ones are cut and counted.
+        max_length: tokens per example.
+        long: what becomes of longer ones: cut, split into several, or bad records.
         packing: several documents per row, each as if it were alone.
         loss_on: assistant answers and completions, or every token.
+        thinking: which chats are written with their reasoning: those that have some, all, none.
+        on_bad: bad records refuse the run before it starts, or are skipped and listed.
+        eval_data: records held out, in a file of their own; eval_fraction has no effect then.
         eval_fraction: share of distinct records held out, chosen by content.
+        drop_duplicates: train on the first only of records that are equal but for case and signs.
+        drop_overlap: do not train on records that equal, or nearly, one held out.
         epochs: passes over the data, unless max_steps is given.
         max_steps: optimizer steps.
         batch_size: rows per forward pass.
@@ -115,8 +127,14 @@ class RunConfig:
     dropout: float = 0.0
     max_length: int = 2048
     packing: bool = False
+    long: Long = "cut"
     loss_on: LossOn = "answers"
+    thinking: Thinking = "auto"
+    on_bad: OnBad = "refuse"
+    eval_data: str | None = None
     eval_fraction: float = 0.1
+    drop_duplicates: bool = False
+    drop_overlap: bool = False
     epochs: float = 3.0
     max_steps: int | None = None
     batch_size: int = 4

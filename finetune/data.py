@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From records to batches: tokens, loss mask, packing.
+"""From records to batches: reports of what encoding did, packing, collators.
 
 Labels are the tokens themselves where the loss counts and -100 elsewhere; the model shifts. The
 first token of a document never has a label: nothing of its own comes before it.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,31 +14,40 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from modeling_dsv4.chat import choose_variant, encode_messages
-
-from .config import LossOn
+from .config import Long, LossOn, Thinking
+from .encoding import IGNORED, Encoded, Example, Rules, encode_long, encode_record
 from .records import Record
 
-IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Example:
-    """One document [S], as tokens and labels, and the line it came from."""
-
-    line: int
-    input_ids: list[int]
-    labels: list[int]
-    truncated: bool = False
-
-    @property
-    def num_labels(self) -> int:
-        return sum(label != IGNORED for label in self.labels)
+__all__ = [
+    "IGNORED",
+    "DataReport",
+    "Example",
+    "Examples",
+    "PackingCollator",
+    "PaddingCollator",
+    "encode_record",
+    "encode_records",
+    "pack_examples",
+    "pad_token",
+    "report_on",
+]
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What encoding did to a set of records. `dropped`: nothing to learn was left after the cut."""
+    """What encoding did to a set of records.
+
+    Attributes:
+        examples: documents to train on.
+        tokens: theirs.
+        label_tokens: those of them that count.
+        longest: tokens of the longest.
+        truncated: records that were cut.
+        split: records that became several examples.
+        dropped: records of which nothing to learn was left.
+        cut_labels: tokens that would have counted, behind the cut.
+        reasoning_dropped: answers written without the reasoning that they came with.
+    """
 
     examples: int
     tokens: int
@@ -45,32 +55,12 @@ class DataReport:
     longest: int
     truncated: int
     dropped: int
+    split: int = 0
+    cut_labels: int = 0
+    reasoning_dropped: int = 0
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
-
-
-def encode_record(
-    record: Record,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    loss_on: LossOn = "answers",
-) -> Example:
-    """Tokenize one record and mark what counts, the end-of-sequence token included.
-
-    Raises:
-        ValueError: the prompt format cannot say it; names the line.
-    """
-    try:
-        encode = _encode_chat if record.form == "messages" else _encode_plain
-        ids, counts = encode(record, tokenizer)
-    except ValueError as error:
-        raise ValueError(f"line {record.line}: {error}") from error
-    if loss_on == "all":
-        counts = [True] * len(ids)
-    labels = [i if counted else IGNORED for i, counted in zip(ids, counts, strict=True)]
-    labels[0] = IGNORED
-    return Example(record.line, ids[:max_length], labels[:max_length], len(ids) > max_length)
 
 
 def encode_records(
@@ -78,86 +68,60 @@ def encode_records(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     loss_on: LossOn = "answers",
+    *,
+    long: Long = "cut",
+    thinking: Thinking = "auto",
 ) -> tuple[list[Example], DataReport]:
     """Tokenize records; those whose answer fell behind the cut are dropped and counted.
 
     Raises:
-        ValueError: nothing is left to learn from.
+        ValueError: nothing is left to learn from, or a record cannot be said.
     """
-    encoded = [encode_record(record, tokenizer, max_length, loss_on) for record in records]
-    examples = [example for example in encoded if example.num_labels]
-    if records and not examples:
+    rules = Rules(max_length, loss_on, long, thinking)
+    encoded = [encode_long(record, tokenizer, rules) for record in records]
+    return [example for one in encoded for example in one.examples], report_on(encoded, rules)
+
+
+def report_on(encoded: Sequence[Encoded], rules: Rules) -> DataReport:
+    """Count what encoding did.
+
+    Raises:
+        ValueError: there are records, and nothing is left of them to learn from.
+    """
+    examples = [example for one in encoded for example in one.examples]
+    if encoded and not examples:
         raise ValueError(
-            f"data: wanted answers within {max_length} tokens, got none in {len(records)} "
+            f"data: wanted answers within {rules.max_length} tokens, got none in {len(encoded)} "
             "records; raise max_length"
         )
-    lengths = [len(example.input_ids) for example in examples]
-    report = DataReport(
+    labels = sum(example.num_labels for example in examples)
+    return DataReport(
         examples=len(examples),
-        tokens=sum(lengths),
-        label_tokens=sum(example.num_labels for example in examples),
-        longest=max(lengths, default=0),
-        truncated=sum(example.truncated for example in encoded),
-        dropped=len(encoded) - len(examples),
+        tokens=sum(map(len, examples)),
+        label_tokens=labels,
+        longest=max(map(len, examples), default=0),
+        truncated=sum(one.truncated for one in encoded),
+        dropped=sum(not one.examples for one in encoded),
+        split=sum(len(one.examples) > 1 for one in encoded),
+        cut_labels=sum(one.label_tokens for one in encoded) - labels,
+        reasoning_dropped=sum(one.reasoning_dropped for one in encoded),
     )
-    return examples, report
-
-
-def _encode_plain(
-    record: Record, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[bool]]:
-    """Texts and pairs: bos, the parts tokenized apart (a prompt alone looks the same), eos."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer: wanted an end-of-sequence token, got none")
-    prompt = _tokens(tokenizer, record.content.get("prompt", ""))
-    answer = _tokens(tokenizer, record.content[_ANSWER[record.form]])
-    ids = [*bos, *prompt, *answer, tokenizer.eos_token_id]
-    silent = len(bos) + len(prompt)
-    return ids, [False] * silent + [True] * (len(ids) - silent)
-
-
-_ANSWER = {"prompt": "completion", "text": "text"}
-
-
-def _encode_chat(
-    record: Record, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[bool]]:
-    """Conversations: the encoder's text, tokenized once; a token counts if it touches a span."""
-    encoded = encode_messages(
-        record.content["messages"],
-        variant=choose_variant(tokenizer),
-        tools=record.content.get("tools"),
-    )
-    batch = tokenizer(
-        encoded.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    ids, counts, spans = list(batch["input_ids"]), [], iter(encoded.spans)
-    span = next(spans, None)
-    for start, stop in batch["offset_mapping"]:
-        while span is not None and start >= span[1]:
-            span = next(spans, None)
-        counts.append(span is not None and stop > span[0])
-    return ids, counts
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def pack_examples(examples: Sequence[Example], length: int) -> list[list[Example]]:
-    """Fill rows of `length` tokens with whole documents: first fit, longest first, stable."""
+    """Fill rows of `length` tokens with whole documents: best fit, longest first, stable."""
     rows: list[list[Example]] = []
-    room: list[int] = []
-    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
-        size = len(example.input_ids)
-        at = next((i for i, free in enumerate(room) if free >= size), None)
-        if at is None:
+    # (free tokens, row) of rows that something may still fit into, in order.
+    room: list[tuple[int, int]] = []
+    smallest = min(map(len, examples), default=0)
+    for example in sorted(examples, key=lambda example: -len(example)):
+        at = bisect_left(room, (len(example), -1))
+        free, row = room.pop(at) if at < len(room) else (length, len(rows))
+        if row == len(rows):
             rows.append([])
-            room.append(length)
-            at = len(rows) - 1
-        rows[at].append(example)
-        room[at] -= size
+        rows[row].append(example)
+        if free - len(example) >= smallest:
+            insort(room, (free - len(example), row))
     return rows
 
 
@@ -171,6 +135,13 @@ class Examples(Dataset[dict[str, list[int]]]):
             if pack_to is None
             else pack_examples(examples, pack_to)
         )
+        self.width = pack_to or max(map(len, examples), default=0)
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' places that hold a token, rows being as wide as the widest may be."""
+        tokens = sum(len(example) for row in self.rows for example in row)
+        return tokens / max(len(self.rows) * self.width, 1)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -182,7 +153,7 @@ class Examples(Dataset[dict[str, list[int]]]):
             "labels": [i for example in row for i in example.labels],
         }
         if self.packed:
-            item["position_ids"] = [p for example in row for p in range(len(example.input_ids))]
+            item["position_ids"] = [p for example in row for p in range(len(example))]
         return item
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import load_adapters, merge_adapters
-from .config import RUN_FILE, LossOn, RunConfig
+from .config import RUN_FILE, RunConfig
 from .data import Examples, encode_records
 from .files import staged
 from .loading import load_model, load_tokenizer
 from .losses import held_out_loss
-from .records import read_records, split_records
+from .records import read_records
+from .run_data import build_held_out
 
 
 def evaluate_files(
@@ -33,17 +34,14 @@ def evaluate_files(
         held_out: only the records that the adapter's run held out of this file, cut and masked
             as it did.
     """
-    records = read_records(data)
-    loss_on: LossOn = "answers"
+    tokenizer = load_tokenizer(model)
     if held_out:
         run = Path(adapter or "", RUN_FILE)
         if adapter is None or not run.is_file():
             raise ValueError(f"held-out records: wanted an adapter with its {RUN_FILE}, got none")
-        config = RunConfig.from_yaml(run)
-        records = split_records(records, config.eval_fraction, config.seed)[1]
-        max_length, loss_on = config.max_length, config.loss_on
-    tokenizer = load_tokenizer(model)
-    examples, report = encode_records(records, tokenizer, max_length, loss_on)
+        examples, report = build_held_out(RunConfig.from_yaml(run), data, tokenizer)
+    else:
+        examples, report = encode_records(read_records(data), tokenizer, max_length)
     rows = Examples(examples)
     network = load_model(model, expert_memory=expert_memory)
     before, after = None, None

@@ -2,14 +2,15 @@
 """A run's data, from its file to encoded rows. No weight is needed for it."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from .config import RunConfig
-from .data import DataReport, Examples, encode_records
-from .records import read_records, split_records
+from .data import DataReport, Examples
+from .run_data import build_run_data
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Prepared:
     held_out: Examples | None
     train_report: DataReport
     held_out_report: DataReport
+    left_out: dict[str, Any] = field(default_factory=dict)
 
 
 def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
@@ -29,15 +31,14 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepa
         from .preference import prepare_preferences
 
         return prepare_preferences(config, tokenizer)
-    train, held = split_records(read_records(config.data), config.eval_fraction, config.seed)
+    data = build_run_data(config, tokenizer)
     pack_to = config.max_length if config.packing else None
-    some, train_report = encode_records(train, tokenizer, config.max_length, config.loss_on)
-    others, held_report = encode_records(held, tokenizer, config.max_length, config.loss_on)
     return Prepared(
-        Examples(some, pack_to),
-        Examples(others, pack_to) if others else None,
-        train_report,
-        held_report,
+        Examples(data.train, pack_to),
+        Examples(data.held_out, pack_to) if data.held_out else None,
+        data.train_report,
+        data.held_out_report,
+        {"skipped": data.skipped, "removed": data.removed},
     )
 
 

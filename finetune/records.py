@@ -1,71 +1,127 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training records: jsonl in three forms, checked line by line, and split by content.
+"""Training records: rows of a file in one of three forms, checked one by one, split by content.
 
 | form | keys | what counts for the loss |
 |---|---|---|
-| chat | `messages: [{role, content}, ...]`, `tools` | every answer, its calls and its end |
-| pair | `prompt`, `completion` | the completion and its end |
+| messages | `messages: [{role, content}, ...]`, `tools` | every answer, its calls and its end |
+| prompt | `prompt`, `completion` | the completion and its end |
 | text | `text` | all of it |
 
-Forms may be mixed within a file; other keys of a line (ids, sources) are left alone.
+Where rows come from: `sources`. Which layouts are brought into these forms: `dialects`. They may
+be mixed within a file; other keys of a row (ids, sources) are left alone.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
+
+from .dialects import LAYOUTS, find_layout, to_content
+from .sources import Row, open_source
 
 Form = Literal["messages", "prompt", "text"]
 ROLES = ("system", "latest_reminder", "user", "tool", "assistant")
 # A message names what is wrong with this many lines, and counts the others.
 _SHOWN = 5
+_FORMS: dict[str, Form] = {"prompt_completion": "prompt", "text": "text"}
+_LAYOUTS = {"messages": "chat", "prompt": "prompt_completion", "text": "text"}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One line of a data file. `content` holds the form's own keys, nothing else."""
+    """One row of a data file. `content` holds the form's own keys, nothing else.
+
+    `layout` is how it was written (a name of `dialects.LAYOUTS`); `where` where it stood.
+    """
 
     line: int
     form: Form
     content: dict[str, Any]
+    layout: str = ""
+    where: str = ""
+
+    @property
+    def place(self) -> str:
+        return self.where or f"line {self.line}"
 
     def digest(self, seed: int = 0) -> str:
-        """Hash of seed and content: equal lines have equal digests."""
+        """Hash of seed and content: equal rows have equal digests."""
         text = json.dumps(self.content, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(f"{seed}\n{text}".encode()).hexdigest()
 
 
-def read_records(path: str | Path) -> list[Record]:
-    """Read a jsonl file.
+@dataclass(frozen=True)
+class BadRecord:
+    """A row that is no record, and why."""
+
+    line: int
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"line": self.line, "place": self.place, "reason": self.reason}
+
+
+def iter_records(path: str | Path) -> Iterator[Record | BadRecord]:
+    """Read a data file row by row; only one is held at a time (see `sources` for each kind).
 
     Raises:
-        ValueError: no file, no record at all, or lines that are not records; names up to five.
+        ValueError: no such file, of no known kind, or without any row.
     """
-    path = Path(path)
-    if path.suffix not in (".jsonl", ".json"):
-        raise ValueError(f"{path}: wanted a .jsonl file, got {path.suffix or 'no suffix'}")
-    if not path.is_file():
-        raise ValueError(f"{path}: wanted a .jsonl file of records, found none")
-    records, wrong = [], []
-    # Bytes: a wrong encoding is a fault of its line, not of the file. A last newline is no line.
-    for number, raw in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
-        try:
-            records.append(parse_record(raw, number))
-        except ValueError as error:
-            wrong.append(f"line {number}: {error}")
-    if wrong == ["line 1: empty line"]:
+    rows = iter(open_source(path))
+    first, second = next(rows, None), next(rows, None)
+    if first is None or (second is None and first.value in (b"", b"\r")):
         raise ValueError(f"{path}: wanted at least one record, got an empty file")
-    if wrong:
-        more = f"; and {len(wrong) - _SHOWN} more lines" if len(wrong) > _SHOWN else ""
-        raise ValueError(f"{path}: {'; '.join(wrong[:_SHOWN])}{more}")
-    return records
+    for row in chain((first, second) if second else (first,), rows):
+        try:
+            yield parse_row(row)
+        except ValueError as error:
+            yield BadRecord(row.number, row.place, str(error))
 
 
-def parse_record(raw: bytes | str, line: int) -> Record:
-    """Read one line.
+def read_records(path: str | Path) -> list[Record]:
+    """Read a whole data file.
+
+    Raises:
+        ValueError: no file, no record at all, or rows that are not records; names up to five.
+    """
+    found = list(iter_records(path))
+    raise_bad(path, [item for item in found if isinstance(item, BadRecord)])
+    return [item for item in found if isinstance(item, Record)]
+
+
+def raise_bad(path: str | Path, bad: Sequence[BadRecord]) -> None:
+    """Refuse a file with bad rows.
+
+    Raises:
+        ValueError: there are some; names the first five, counts the others.
+    """
+    if bad:
+        more = f"; and {len(bad) - _SHOWN} more lines" if len(bad) > _SHOWN else ""
+        raise ValueError(f"{path}: {'; '.join(str(item) for item in bad[:_SHOWN])}{more}")
+
+
+def parse_row(row: Row) -> Record:
+    """Read one row.
+
+    Raises:
+        ValueError: what was wanted and what came, without the file's name.
+    """
+    where = "" if row.place == f"line {row.number}" else row.place
+    if isinstance(row.value, bytes):
+        return parse_record(row.value, row.number, where)
+    return _checked(row.value, row.number, where)
+
+
+def parse_record(raw: bytes | str, line: int, where: str = "") -> Record:
+    """Read one line of JSON.
 
     Raises:
         ValueError: what was wanted and what came, without the file's name.
@@ -73,15 +129,44 @@ def parse_record(raw: bytes | str, line: int) -> Record:
     if not raw.strip():
         raise ValueError("empty line")
     try:
-        record = _build_record(json.loads(raw), line)
+        value = json.loads(raw)
+    except RecursionError:
+        raise ValueError("nested too deeply; wanted text in flat objects") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"not JSON ({error})") from error
+    return _checked(value, line, where)
+
+
+def _checked(value: object, line: int, where: str) -> Record:
+    """Build a record whose content JSON and UTF-8 can say."""
+    try:
+        record = _build_record(value, line, where)
         record.digest()
-        return record
     except RecursionError:
         raise ValueError("nested too deeply; wanted text in flat objects") from None
     except UnicodeEncodeError:
         raise ValueError(r"half of a surrogate pair (\ud800 to \udfff); wanted text") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"not JSON ({error})") from error
+    except TypeError as error:
+        raise ValueError(f"wanted values that JSON has, got: {error}") from error
+    return record
+
+
+def choose_held_out(digests: Iterable[str], fraction: float) -> set[str]:
+    """Which of some digests are held out: the first of the sorted ones.
+
+    Raises:
+        ValueError: a share was asked for and there are fewer than two distinct digests.
+    """
+    if fraction == 0:
+        return set()
+    distinct = sorted(set(digests))
+    if len(distinct) < 2:
+        raise ValueError(
+            f"held-out split: wanted at least 2 distinct records, got {len(distinct)}; give more "
+            "data, or eval_fraction 0"
+        )
+    count = min(max(1, round(len(distinct) * fraction)), len(distinct) - 1)
+    return set(distinct[:count])
 
 
 def split_records(
@@ -95,57 +180,47 @@ def split_records(
     Raises:
         ValueError: a share was asked for and there are fewer than two distinct records.
     """
-    if fraction == 0:
-        return list(records), []
-    digests = sorted({record.digest(seed) for record in records})
-    if len(digests) < 2:
-        raise ValueError(
-            f"held-out split: wanted at least 2 distinct records, got {len(digests)}; give more "
-            "data, or eval_fraction 0"
-        )
-    count = min(max(1, round(len(digests) * fraction)), len(digests) - 1)
-    out = set(digests[:count])
-    held = [record.digest(seed) in out for record in records]
+    digests = [record.digest(seed) for record in records]
+    out = choose_held_out(digests, fraction)
+    held = [digest in out for digest in digests]
     train = [record for record, away in zip(records, held, strict=True) if not away]
     return train, [record for record, away in zip(records, held, strict=True) if away]
 
 
 def count_forms(records: Sequence[Record]) -> dict[str, int]:
-    """Records per form, and how many repeat an earlier one."""
-    forms = Counter(record.form for record in records)
+    """Records per layout, and how many repeat an earlier one."""
+    layouts = Counter(record.layout or _LAYOUTS[record.form] for record in records)
     repeats = len(records) - len({record.digest() for record in records})
     return {
         "records": len(records),
-        "chat": forms["messages"],
-        "prompt_completion": forms["prompt"],
-        "text": forms["text"],
+        **{name: layouts[name] for name in LAYOUTS},
         "duplicates": repeats,
     }
 
 
-def _build_record(value: object, line: int) -> Record:
+def _build_record(value: object, line: int, where: str) -> Record:
     if not isinstance(value, dict):
         raise ValueError(f"wanted an object, got {type(value).__name__}")
-    forms: list[Form] = [form for form in ("messages", "prompt", "text") if form in value]
-    if "completion" in value and "prompt" not in value:
-        raise ValueError("`completion` without `prompt`")
-    if len(forms) != 1:
-        got = " and ".join(forms) or (", ".join(value) or "no keys")
-        raise ValueError(f"wanted one of `messages`, `prompt` + `completion`, `text`, got {got}")
-    if forms[0] == "messages":
-        return Record(line, "messages", {"messages": _check_messages(value), **_check_tools(value)})
-    keys = ("prompt", "completion") if forms[0] == "prompt" else ("text",)
-    return Record(line, forms[0], {key: _check_text(value, key) for key in keys})
+    layout = find_layout(value)
+    content = to_content(value, layout)
+    form = _FORMS.get(layout, "messages")
+    if form == "messages":
+        _check_messages(content)
+        _check_tools(content)
+    else:
+        for key in content:
+            _check_text(content, key)
+    return Record(line, form, content, layout, where)
 
 
-def _check_text(value: dict[str, Any], key: str) -> str:
+def _check_text(value: dict[str, Any], key: str) -> None:
     text = value.get(key)
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"`{key}`: wanted text, got {_short(text)}")
-    return text
+        hint = "; put all messages into `messages`" if isinstance(text, list) else ""
+        raise ValueError(f"`{key}`: wanted text, got {_short(text)}{hint}")
 
 
-def _check_messages(value: dict[str, Any]) -> list[dict[str, Any]]:
+def _check_messages(value: dict[str, Any]) -> None:
     messages = value["messages"]
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`messages`: wanted a list of messages, got {_short(messages)}")
@@ -156,23 +231,23 @@ def _check_messages(value: dict[str, Any]) -> list[dict[str, Any]]:
         _check_message(i, message)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("`messages`: wanted an assistant answer to learn from, got none")
-    return messages
 
 
-def _check_tools(value: dict[str, Any]) -> dict[str, Any]:
+def _check_tools(value: dict[str, Any]) -> None:
     """The schemas, if there are any; what is in them is the encoder's to judge."""
     tools = value.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"`tools`: wanted a list of schemas, got {_short(tools)}")
-    return {"tools": tools} if tools else {}
 
 
 def _check_message(i: int, message: dict[str, Any]) -> None:
     content = message.get("content")
-    # A call may say all, and a tool nothing.
+    # A call may say all, a tool nothing; parts of a question are the encoder's to join.
     if (message["role"] == "tool" and content is not None) or (
         message.get("tool_calls") and content in (None, "")
     ):
+        return
+    if message["role"] == "user" and isinstance(content, list) and content:
         return
     if not isinstance(content, str) or not content.strip():
         raise ValueError(f"message {i} ({message['role']}): wanted text, got {_short(content)}")

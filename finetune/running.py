@@ -60,6 +60,7 @@ class TrainResult:
     held_out_margin_before: float | None = None
     held_out_margin_after: float | None = None
     overfit_gate: dict[str, float] | None = None
+    left_out: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,6 +152,7 @@ def _measure(
         train_data=data.train_report.to_dict(),
         held_out_data=data.held_out_report.to_dict(),
         overfit_gate=gate,
+        left_out=data.left_out,
         history=trainer.state.log_history,
     )
 

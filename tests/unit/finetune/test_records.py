@@ -33,6 +33,8 @@ def test_three_forms_may_be_mixed_and_other_keys_are_left_alone(tmp_path: Path) 
     assert count_forms(records) == {
         "records": 4,
         "chat": 1,
+        "sharegpt": 0,
+        "alpaca": 0,
         "prompt_completion": 2,
         "text": 1,
         "duplicates": 1,
@@ -95,8 +97,8 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"wanted a \.jsonl file, got \.csv"):
-        read_records(tmp_path / "data.csv")
+    with pytest.raises(ValueError, match=r"wanted \.jsonl .*, got \.docx"):
+        read_records(tmp_path / "data.docx")
 
 
 def test_the_split_is_a_partition_of_the_asked_size() -> None:

@@ -137,12 +137,13 @@ def test_the_loss_of_a_record_covers_exactly_the_answers(v4_tokenizer: Any) -> N
     from finetune.records import parse_record
 
     record = parse_record(json.dumps({"messages": CONVERSATION}), 1)
-    example = encode_record(record, v4_tokenizer, max_length=512)
     eos = v4_tokenizer.eos_token
-    counted = [label for label in example.labels if label != IGNORED]
-    assert v4_tokenizer.decode(counted) == f" four\n{eos}四\t四{eos}"
-    kept = zip(example.input_ids, example.labels, strict=True)
-    assert all(label in (IGNORED, token) for token, label in kept)
+    for thinking, reasoning in (("never", ""), ("auto", "四です</think>")):
+        example = encode_record(record, v4_tokenizer, max_length=512, thinking=thinking)
+        counted = [label for label in example.labels if label != IGNORED]
+        assert v4_tokenizer.decode(counted) == f" four\n{eos}{reasoning}四\t四{eos}"
+        kept = zip(example.input_ids, example.labels, strict=True)
+        assert all(label in (IGNORED, token) for token, label in kept)
 
 
 def test_the_loss_of_a_record_with_tools_covers_calls_and_answer(v4_tokenizer: Any) -> None:

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's data, from files to examples, before any weight is loaded.
+
+Files are read once, record by record: what stays in memory are tokens (8 bytes each), a digest a
+record, and fingerprints if repeats are to be left out. Every record is parsed and encoded here,
+so that a bad one refuses the run, or is skipped and listed, and never ends it in the middle.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .config import RunConfig
+from .data import DataReport, Example, report_on
+from .duplicates import Fingerprints
+from .encoding import Encoded, Rules, encode_long
+from .records import BadRecord, Record, choose_held_out, iter_records, raise_bad
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Examples of a run, reports on them, and what was left out of it.
+
+    `skipped`: bad records, with the file they are of. `removed`: records left out of training as
+    repeats, by reason.
+    """
+
+    train: list[Example]
+    held_out: list[Example]
+    train_report: DataReport
+    held_out_report: DataReport
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    removed: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Side:
+    """Encoded records of one file or side, in file order."""
+
+    encoded: list[Encoded]
+    digests: list[str]
+    prints: Fingerprints
+
+
+def build_run_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
+    """Read, encode and split a run's data, and leave out what was asked to be.
+
+    Raises:
+        ValueError: bad records, unless they are to be skipped; nothing to learn from.
+    """
+    skipped: list[dict[str, Any]] = []
+    train = _load(config.data, config, tokenizer, skipped)
+    if config.eval_data is not None:
+        held = _load(config.eval_data, config, tokenizer, skipped)
+    else:
+        train, held = _divide(train, config.eval_fraction)
+    removed = _remove_repeats(train, held, config)
+    rules = run_rules(config)
+    return RunData(
+        [example for one in train.encoded for example in one.examples],
+        [example for one in held.encoded for example in one.examples],
+        report_on(train.encoded, rules),
+        report_on(held.encoded, rules),
+        skipped,
+        removed,
+    )
+
+
+def build_held_out(
+    config: RunConfig, data: str | Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], DataReport]:
+    """What a run with these settings holds out of `data`, or of its own evaluation file.
+
+    Raises:
+        ValueError: bad records, unless they are to be skipped; nothing held out.
+    """
+    if config.eval_data is not None:
+        held = _load(config.eval_data, config, tokenizer, [])
+    else:
+        held = _divide(_load(data, config, tokenizer, []), config.eval_fraction)[1]
+    examples = [example for one in held.encoded for example in one.examples]
+    return examples, report_on(held.encoded, run_rules(config))
+
+
+def run_rules(config: RunConfig) -> Rules:
+    """How a run encodes its records."""
+    return Rules(config.max_length, config.loss_on, config.long, config.thinking)
+
+
+def _load(
+    path: str | Path,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    skipped: list[dict[str, Any]],
+) -> _Side:
+    """Read and encode a file; `skipped` takes its bad records, or they refuse it."""
+    rules = run_rules(config)
+    side, bad = _Side([], [], Fingerprints()), []
+    compares = config.drop_duplicates or config.drop_overlap
+    for item in iter_records(path):
+        encoded = item if isinstance(item, BadRecord) else try_encode(item, tokenizer, rules)
+        if isinstance(encoded, BadRecord):
+            bad.append(encoded)
+            continue
+        side.encoded.append(encoded)
+        if isinstance(item, Record):
+            side.digests.append(item.digest(config.seed))
+            if compares:
+                side.prints.add(item)
+    if config.on_bad == "refuse" or not side.encoded:
+        raise_bad(path, bad)
+    skipped += [{"file": str(path), **one.to_dict()} for one in bad]
+    return side
+
+
+def try_encode(
+    record: Record, tokenizer: PreTrainedTokenizerBase, rules: Rules
+) -> Encoded | BadRecord:
+    """Encode a record; where that is not possible, say why."""
+    try:
+        return encode_long(record, tokenizer, rules)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{record.place}: ")
+        return BadRecord(record.line, record.place, reason)
+
+
+def _divide(side: _Side, fraction: float) -> tuple[_Side, _Side]:
+    """(train, held out) by content."""
+    out = choose_held_out(side.digests, fraction)
+    away = [digest in out for digest in side.digests]
+    return _choose(side, [not one for one in away]), _choose(side, away)
+
+
+def _choose(side: _Side, wanted: Sequence[bool]) -> _Side:
+    def some(values: list[Any]) -> list[Any]:
+        return [value for value, keep in zip(values, wanted, strict=True) if keep]
+
+    prints = side.prints.choose(wanted) if len(side.prints) else Fingerprints()
+    return _Side(some(side.encoded), some(side.digests), prints)
+
+
+def _remove_repeats(train: _Side, held: _Side, config: RunConfig) -> dict[str, int]:
+    """Drop training records that repeat held-out ones, or earlier ones, as asked; count them."""
+    if not (config.drop_duplicates or config.drop_overlap):
+        return {}
+    both = Fingerprints()
+    both.extend(held.prints)
+    both.extend(train.prints)
+    repeats = both.repeats()[len(held.prints) :]
+    overlaps = [one is not None and one.of < len(held.prints) for one in repeats]
+    copies = [one is not None and one.of >= len(held.prints) for one in repeats]
+    drop_overlap, drop_copies = config.drop_overlap, config.drop_duplicates
+    keep = [
+        not ((a and drop_overlap) or (b and drop_copies))
+        for a, b in zip(overlaps, copies, strict=True)
+    ]
+    if not any(keep):
+        raise ValueError(
+            f"data: wanted records that are not held out, got {len(keep)} that all repeat such; "
+            "give more data, or do not drop the overlap"
+        )
+    train.encoded[:] = [one for one, kept in zip(train.encoded, keep, strict=True) if kept]
+    counted = {"overlap": sum(overlaps), "duplicates": sum(copies)}
+    asked = {"overlap": drop_overlap, "duplicates": drop_copies}
+    return {name: count for name, count in counted.items() if asked[name]}

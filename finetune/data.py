@@ -5,7 +5,9 @@ Labels are the tokens themselves where the loss counts and -100 elsewhere; the m
 first token of a document never has a label: nothing of its own comes before it.
 """
 
+from array import array
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,9 +27,11 @@ __all__ = [
     "Examples",
     "PackingCollator",
     "PaddingCollator",
+    "Tally",
     "encode_record",
     "encode_records",
     "pack_examples",
+    "pack_sizes",
     "pad_token",
     "report_on",
 ]
@@ -88,40 +92,77 @@ def report_on(encoded: Sequence[Encoded], rules: Rules) -> DataReport:
     Raises:
         ValueError: there are records, and nothing is left of them to learn from.
     """
-    examples = [example for one in encoded for example in one.examples]
-    if encoded and not examples:
-        raise ValueError(
-            f"data: wanted answers within {rules.max_length} tokens, got none in {len(encoded)} "
-            "records; raise max_length"
+    tally = Tally()
+    for one in encoded:
+        tally.add(one)
+    return tally.report(rules)
+
+
+class Tally:
+    """Counts what encoding does, record by record, and keeps lengths alone.
+
+    `sizes`: tokens of each example. `whole`: tokens of each record before it was cut or split.
+    """
+
+    def __init__(self) -> None:
+        self.sizes, self.whole = array("i"), array("i")
+        self._sums: Counter[str] = Counter()
+
+    def add(self, one: Encoded) -> None:
+        labels = sum(example.num_labels for example in one.examples)
+        self.sizes.extend(map(len, one.examples))
+        self.whole.append(one.tokens)
+        self._sums.update(
+            label_tokens=labels,
+            truncated=one.truncated,
+            dropped=not one.examples,
+            split=len(one.examples) > 1,
+            cut_labels=one.label_tokens - labels,
+            reasoning_dropped=one.reasoning_dropped,
         )
-    labels = sum(example.num_labels for example in examples)
-    return DataReport(
-        examples=len(examples),
-        tokens=sum(map(len, examples)),
-        label_tokens=labels,
-        longest=max(map(len, examples), default=0),
-        truncated=sum(one.truncated for one in encoded),
-        dropped=sum(not one.examples for one in encoded),
-        split=sum(len(one.examples) > 1 for one in encoded),
-        cut_labels=sum(one.label_tokens for one in encoded) - labels,
-        reasoning_dropped=sum(one.reasoning_dropped for one in encoded),
-    )
+
+    def report(self, rules: Rules) -> DataReport:
+        """The counts so far.
+
+        Raises:
+            ValueError: there are records, and nothing is left of them to learn from.
+        """
+        if self.whole and not self.sizes:
+            raise ValueError(
+                f"data: wanted answers within {rules.max_length} tokens, got none in "
+                f"{len(self.whole)} records; raise max_length"
+            )
+        return DataReport(
+            examples=len(self.sizes),
+            tokens=sum(self.sizes),
+            longest=max(self.sizes, default=0),
+            **{name: int(self._sums[name]) for name in _SUMS},
+        )
+
+
+_SUMS = ("label_tokens", "truncated", "dropped", "split", "cut_labels", "reasoning_dropped")
 
 
 def pack_examples(examples: Sequence[Example], length: int) -> list[list[Example]]:
     """Fill rows of `length` tokens with whole documents: best fit, longest first, stable."""
-    rows: list[list[Example]] = []
+    rows = pack_sizes([len(example) for example in examples], length)
+    return [[examples[i] for i in row] for row in rows]
+
+
+def pack_sizes(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Which documents of some sizes share a row, as indices."""
+    rows: list[list[int]] = []
     # (free tokens, row) of rows that something may still fit into, in order.
     room: list[tuple[int, int]] = []
-    smallest = min(map(len, examples), default=0)
-    for example in sorted(examples, key=lambda example: -len(example)):
-        at = bisect_left(room, (len(example), -1))
+    smallest = min(sizes, default=0)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        at = bisect_left(room, (sizes[i], -1))
         free, row = room.pop(at) if at < len(room) else (length, len(rows))
         if row == len(rows):
             rows.append([])
-        rows[row].append(example)
-        if free - len(example) >= smallest:
-            insort(room, (free - len(example), row))
+        rows[row].append(i)
+        if free - sizes[i] >= smallest:
+            insort(room, (free - sizes[i], row))
     return rows
 
 

@@ -20,7 +20,7 @@ import importlib
 import ipaddress
 import pkgutil
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -230,12 +230,16 @@ def _secret_patterns() -> tuple[tuple[str, re.Pattern[str], Any], ...]:
         if module.name in _LEFT_OUT:
             continue
         names = vars(importlib.import_module(f"detect_secrets.plugins.{module.name}"))
-        plugin: Any
-        for plugin in names.values():
-            if isinstance(plugin, type) and issubclass(plugin, base) and plugin is not base:
-                valid = getattr(plugin, "is_formally_valid", None)
-                found += [(plugin.secret_type, pattern, valid) for pattern in plugin.denylist]
+        for plugin in _subclasses(names.values(), base):
+            valid = getattr(plugin, "is_formally_valid", None)
+            found += [(plugin.secret_type, pattern, valid) for pattern in plugin.denylist]
     return (*found, *((name, pattern, None) for name, pattern in _MORE))
+
+
+def _subclasses(values: Iterable[Any], base: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, type) and issubclass(value, base) and value is not base:
+            yield value
 
 
 def _import(name: str) -> Any:

@@ -115,6 +115,15 @@ class Fingerprints:
                     yield int(head), int(order[i])
 
 
+def find_overlaps(prints: Fingerprints, others: Fingerprints) -> list[Repeat | None]:
+    """For every record which of `others` it repeats, if any."""
+    both = Fingerprints()
+    both.extend(others)
+    both.extend(prints)
+    found = both.repeats()[len(others) :]
+    return [repeat if repeat and repeat.of < len(others) else None for repeat in found]
+
+
 def compared_texts(record: Record) -> Iterator[str]:
     """What two records are compared by: questions, answers and results, or the text."""
     if record.form != "messages":

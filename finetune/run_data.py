@@ -6,6 +6,7 @@ record, and fingerprints if repeats are to be left out. Every record is parsed a
 so that a bad one refuses the run, or is skipped and listed, and never ends it in the middle.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import RunConfig
 from .data import DataReport, Example, report_on
-from .duplicates import Fingerprints
+from .duplicates import Fingerprints, find_overlaps
 from .encoding import Encoded, Rules, encode_long
 from .records import BadRecord, Record, choose_held_out, iter_records, raise_bad
 
@@ -144,25 +145,21 @@ def _choose(side: _Side, wanted: Sequence[bool]) -> _Side:
 
 def _remove_repeats(train: _Side, held: _Side, config: RunConfig) -> dict[str, int]:
     """Drop training records that repeat held-out ones, or earlier ones, as asked; count them."""
-    if not (config.drop_duplicates or config.drop_overlap):
-        return {}
-    both = Fingerprints()
-    both.extend(held.prints)
-    both.extend(train.prints)
-    repeats = both.repeats()[len(held.prints) :]
-    overlaps = [one is not None and one.of < len(held.prints) for one in repeats]
-    copies = [one is not None and one.of >= len(held.prints) for one in repeats]
-    drop_overlap, drop_copies = config.drop_overlap, config.drop_duplicates
-    keep = [
-        not ((a and drop_overlap) or (b and drop_copies))
-        for a, b in zip(overlaps, copies, strict=True)
-    ]
-    if not any(keep):
+    reasons: list[str | None] = [None] * len(train.encoded)
+    if config.drop_duplicates:
+        for i, repeat in enumerate(train.prints.repeats()):
+            if repeat is not None and repeat.kind != "near":
+                reasons[i] = "duplicates"
+    if config.drop_overlap:
+        for i, repeat in enumerate(find_overlaps(train.prints, held.prints)):
+            if repeat is not None:
+                reasons[i] = "overlap"
+    pairs = zip(train.encoded, reasons, strict=True)
+    kept = [one for one, reason in pairs if reason is None]
+    if train.encoded and not kept:
         raise ValueError(
-            f"data: wanted records that are not held out, got {len(keep)} that all repeat such; "
+            f"data: wanted records that are not held out, got {len(reasons)} that all repeat such; "
             "give more data, or do not drop the overlap"
         )
-    train.encoded[:] = [one for one, kept in zip(train.encoded, keep, strict=True) if kept]
-    counted = {"overlap": sum(overlaps), "duplicates": sum(copies)}
-    asked = {"overlap": drop_overlap, "duplicates": drop_copies}
-    return {name: count for name, count in counted.items() if asked[name]}
+    train.encoded[:] = kept
+    return dict(Counter(reason for reason in reasons if reason is not None))

@@ -71,6 +71,7 @@ _LEFT_OUT = ("base", "high_entropy_strings", "ip_public", "keyword", "private_ke
 # Keys and tokens are long, all of them: patterns are tried around such runs alone.
 _LONG = re.compile(r"[\w+/=-]{16,}")
 _AROUND = 160
+_TOKEN_END = re.compile(r"[^\w+/=.-]|$")
 _CUE = re.compile(r"(?i)pass|pwd|kennwort|secret|token|key")
 
 
@@ -118,12 +119,15 @@ class Detector:
         if "PRIVATE KEY" in text:
             for match in _PRIVATE_KEY.finditer(text):
                 yield Span(*match.span(), "secret", "private key")
-        for start, stop in _windows(text):
-            part = text[start:stop]
+        for start, finish in _windows(text):
+            part = text[start:finish]
             for name, pattern, valid in self._patterns:
                 for match in pattern.finditer(part):
                     if valid is None or valid(match.group()):
-                        yield Span(start + match.start(), start + match.end(), "secret", name)
+                        # Some patterns stop early, as where a token's signature begins.
+                        stop = _TOKEN_END.search(part, match.end() - 1)
+                        end = match.end() if stop is None else max(stop.start(), match.end())
+                        yield Span(start + match.start(), start + end, "secret", name)
         if _CUE.search(text):
             for match in _PASSWORD.finditer(text):
                 if _looks_random(match.group(1)):

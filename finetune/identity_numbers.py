@@ -59,7 +59,7 @@ IDENTITIES = (
     Identity("ZA identity", "za.idnr", r"\d{13}", r"\bid\b|identity"),
 )
 # Where one can begin: seven digits or more, in groups or with single letters between.
-_START = re.compile(r"(?<![\w.,-])(?=[A-Z]{0,6}\d(?:[ .\-+A-Z]{0,2}\d){6})[A-Z\d]")
+_START = re.compile(r"(?<![\w.,-])(?=[A-Z]{0,6}-?\d(?:[ .\-+A-Z]{0,2}\d){6})[A-Z\d]")
 
 
 def find_identities(text: str) -> Iterator[tuple[int, int, str]]:

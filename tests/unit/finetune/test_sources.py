@@ -150,7 +150,7 @@ def test_a_folder_of_shards_is_read_in_order(tmp_path: Path) -> None:
         ("b", "part-1.jsonl line 1", 2),
     ]
     (tmp_path / "d.csv").write_text("text\nx\n")
-    with pytest.raises(ValueError, match=r"wanted a directory of one of .*, got files of csv, json"):
+    with pytest.raises(ValueError, match=r"one of \.jsonl .*, got files of csv, jsonl"):
         open_source(tmp_path)
 
 

@@ -135,7 +135,8 @@ def test_check_counts_and_names_bad_lines(call: Call, base: Path, tmp_path: Path
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "x"}\n{"text": ""}\n')
     code, out, err = call("check", bad)
-    assert (code, out) == (1, "")
+    assert code == 1
+    assert "line 2" in out
     assert "bad.jsonl: line 2: `text`: wanted text, got ''" in " ".join(err.split())
 
 
@@ -157,6 +158,36 @@ def test_train_lowers_the_held_out_loss_and_leaves_a_peft_adapter(
     assert found["loss_before"] == pytest.approx(result["held_out_loss_before"], rel=1e-5)
     assert found["loss_after"] == pytest.approx(result["held_out_loss_after"], rel=1e-5)
     assert model.peft_config["default"].base_model_name_or_path == str(base)
+
+
+def test_bad_records_refuse_training_before_weights_or_are_listed_in_its_result(
+    call: Call, base: Path, data: Path, tmp_path: Path
+) -> None:
+    lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
+    data.write_text("".join([*lines[:2], "{\n", *lines[2:]]), encoding="utf-8")
+    weights = base / "model.safetensors"
+    away = weights.rename(tmp_path / "away")
+    try:
+        words = ("--model", base, "--data", data, "--output", tmp_path / "refused")
+        code, _, err = call("train", *words)
+    finally:
+        away.rename(weights)
+    assert code == 1
+    assert "some.jsonl: line 3: not JSON" in " ".join(err.split())
+    settings = tmp_path / "skip.yaml"
+    settings.write_text("on_bad: skip\nlong: split\n")
+    output = tmp_path / "skipped"
+    _train(call, base, data, output, "--config", settings, "--max-steps", 1, "--max-length", 48)
+    result = json.loads((output / "result.json").read_text())
+    (skipped,) = result["left_out"]["skipped"]
+    assert (skipped["file"], skipped["line"]) == (str(data), 3)
+    assert result["train_data"]["split"] > 0
+    assert result["train_data"]["cut_labels"] == 0
+    words = ("--model", base, "--adapter", output, "--data", data, "--held-out", "--json")
+    code, out, err = call("eval", *words)
+    assert code == 0, err
+    after = result["held_out_loss_after"]
+    assert json.loads(out)["loss_after"] == pytest.approx(after, rel=1e-5)
 
 
 def test_a_plain_base_merges_to_the_attached_logits(

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoding, loss mask, packing, and batches."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune.data import (
     IGNORED,
@@ -134,3 +136,59 @@ def test_the_end_token_fills_rows_where_there_is_no_pad(
 ) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
     assert (pad_token(tokenizer), pad_token(bare)) == (2, 1)
+
+
+def _losses_of_documents(
+    model: PreTrainedModel, rows: Examples, collate: PackingCollator | PaddingCollator
+) -> dict[tuple[int, ...], torch.Tensor]:
+    """Summed loss of every document, by its tokens."""
+    batch = collate([rows[i] for i in range(len(rows))])
+    labels = batch["labels"]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits
+    pairs = logits[:, :-1].transpose(1, 2).double(), labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(*pairs, ignore_index=IGNORED, reduction="none")
+    losses = torch.nn.functional.pad(losses, (1, 0))
+    found, at = {}, 0
+    for row, documents in enumerate(rows.rows):
+        at = at if rows.packed else 0
+        for document in documents:
+            some = losses[0 if rows.packed else row, at : at + len(document)]
+            found[tuple(document.input_ids)] = some.sum()
+            at += len(document)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["v4", "v4.1"])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-4), (torch.float64, 1e-4)])
+def test_every_packed_document_has_the_loss_it_has_alone(
+    make_model: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    kind: str,
+    dtype: torch.dtype,
+    atol: float,
+) -> None:
+    model = make_model(kind).to(dtype)
+    records = [
+        Record(i, "prompt", {"prompt": f"meter {i} " * (1 + i % 4), "completion": f"{i} years"})
+        for i in range(14)
+    ]
+    examples, _ = encode_records(records, tokenizer, 64)
+    packed = Examples(examples, 64)
+    assert len(packed) < len(examples) / 2
+    alone = {}
+    for example in examples:
+        alone |= _losses_of_documents(model, Examples([example]), PaddingCollator(2))
+    assert len(alone) == len(examples)
+    padded = _losses_of_documents(model, Examples(examples), PaddingCollator(2))
+    for found in (_losses_of_documents(model, packed, PackingCollator()), padded):
+        for ids, loss in alone.items():
+            torch.testing.assert_close(found[ids], loss, atol=atol, rtol=0)
+            assert loss > 0
+
+
+def test_fill_is_the_share_of_places_that_hold_a_token() -> None:
+    examples = [_example(1, 3), _example(2, 2), _example(3, 4)]
+    assert Examples(examples, pack_to=5).fill == 9 / 10
+    assert Examples(examples).fill == 9 / 12

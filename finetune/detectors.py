@@ -54,10 +54,11 @@ _PRIVATE_KEY = re.compile(
     r"(?:.*?-----END [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----|.*)",
     re.DOTALL,
 )
-_PASSWORD = re.compile(
+# An assignment is looked for at its sign, which is rarer than the words before it.
+_ASSIGNED = re.compile(r"(?::=|=>|:|=)\s{0,3}[\"'`]?([^\s\"'`,;<>{}()$]{8,200})")
+_NAME = re.compile(
     r"(?i)(?:pass(?:word|wd|phrase)?|passwort|kennwort|pwd|secret|api[_-]?key|"
-    r"(?:access|auth|secret|private)[_-]?(?:key|token)|token)"
-    r"[\"'`]?\s{0,3}(?::|=|:=|=>)\s{0,3}[\"'`]?([^\s\"'`,;<>{}()$]{8,200})"
+    r"(?:access|auth|secret|private)[_-]?(?:key|token)|token)[\"'`]?\s{0,3}$"
 )
 # Formats that detect-secrets 1.5 does not have, or has in an older shape.
 _MORE = (
@@ -72,7 +73,10 @@ _LEFT_OUT = ("base", "high_entropy_strings", "ip_public", "keyword", "private_ke
 _LONG = re.compile(r"[\w+/=-]{16,}")
 _AROUND = 160
 _TOKEN_END = re.compile(r"[^\w+/=.-]|$")
-_CUE = re.compile(r"(?i)pass|pwd|kennwort|secret|token|key")
+# What patterns of an assigned key begin with, in some spelling.
+_CUE = re.compile(r"(?i)pass|pwd|pw|secret|token|key")
+_PHONE = re.compile(r"\+[ (]{0,2}\d(?:[ ()./\-\u00a0\u2010-\u2015]{0,3}\d){6,16}")
+_NATIONAL = re.compile(_PHONE.pattern.replace(r"\+[ (]{0,2}", r"\+?[ (]{0,2}", 1))
 
 
 class Detector:
@@ -121,23 +125,30 @@ class Detector:
                 yield Span(*match.span(), "secret", "private key")
         for start, finish in _windows(text):
             part = text[start:finish]
-            for name, pattern, valid in self._patterns:
+            has_cue = _CUE.search(part) is not None
+            for name, pattern, valid, assigns in self._patterns:
+                if assigns and not has_cue:
+                    continue
                 for match in pattern.finditer(part):
                     if valid is None or valid(match.group()):
                         # Some patterns stop early, as where a token's signature begins.
                         stop = _TOKEN_END.search(part, match.end() - 1)
                         end = match.end() if stop is None else max(stop.start(), match.end())
                         yield Span(start + match.start(), start + end, "secret", name)
-        if _CUE.search(text):
-            for match in _PASSWORD.finditer(text):
-                if _looks_random(match.group(1)):
+        for match in _ASSIGNED.finditer(text):
+            if _looks_random(match.group(1)):
+                start = match.start()
+                if _NAME.search(text[max(0, start - 24) : start]):
                     yield Span(*match.span(1), "secret", "password or key")
 
     def _numbers_to_call(self, text: str) -> Iterator[Span]:
-        if "+" not in text and (self.region is None or not re.search(r"\d{3}", text)):
-            return
-        for match in self._phones.PhoneNumberMatcher(text, self.region):
-            yield Span(match.start, match.end, "phone")
+        shape = _PHONE if self.region is None else _NATIONAL
+        for likely in shape.finditer(text):
+            # With what stands around it, as an extension behind a number, or a letter before.
+            start = max(0, likely.start() - 3)
+            part = text[start : likely.end() + 14]
+            for match in self._phones.PhoneNumberMatcher(part, self.region):
+                yield Span(start + match.start, start + match.end, "phone")
 
 
 def replace_spans(text: str, spans: list[Span]) -> str:
@@ -225,19 +236,21 @@ def _windows(text: str) -> Iterator[tuple[int, int]]:
 
 
 @cache
-def _secret_patterns() -> tuple[tuple[str, re.Pattern[str], Any], ...]:
-    """(name, pattern, check of the match or None)."""
+def _secret_patterns() -> tuple[tuple[str, re.Pattern[str], Any, bool], ...]:
+    """(name, pattern, check of the match or None, whether a key is assigned)."""
     plugins = _import("detect_secrets.plugins")
     base = importlib.import_module("detect_secrets.plugins.base").RegexBasedDetector
-    found: list[tuple[str, re.Pattern[str], Any]] = []
+    found: list[tuple[str, re.Pattern[str], Any, bool]] = []
     for module in pkgutil.iter_modules(plugins.__path__):
         if module.name in _LEFT_OUT:
             continue
         names = vars(importlib.import_module(f"detect_secrets.plugins.{module.name}"))
         for plugin in _subclasses(names.values(), base):
             valid = getattr(plugin, "is_formally_valid", None)
-            found += [(plugin.secret_type, pattern, valid) for pattern in plugin.denylist]
-    return (*found, *((name, pattern, None) for name, pattern in _MORE))
+            for pattern in plugin.denylist:
+                assigns = "(?:=|:|:=|=>" in pattern.pattern
+                found.append((plugin.secret_type, pattern, valid, assigns))
+    return (*found, *((name, pattern, None, False) for name, pattern in _MORE))
 
 
 def _subclasses(values: Iterable[Any], base: Any) -> Iterator[Any]:

@@ -30,6 +30,15 @@ from .trainer import RunTrainer
 
 PAIR = ("prompt", "chosen", "rejected")
 RATED = ("prompt", "completion", "label")
+# Settings of supervised data, and what they must be left at.
+_SUPERVISED_ONLY: dict[str, Any] = {
+    "long": "cut",
+    "thinking": "auto",
+    "on_bad": "refuse",
+    "eval_data": None,
+    "drop_duplicates": False,
+    "drop_overlap": False,
+}
 
 
 def read_preferences(path: str | Path, objective: str) -> list[Record]:
@@ -141,11 +150,17 @@ def prepare_preferences(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -
     """
     if config.packing:
         raise ValueError(f"packing: wanted false for objective {config.objective}, got true")
+    for name, wanted in _SUPERVISED_ONLY.items():
+        if getattr(config, name) != wanted:
+            raise ValueError(
+                f"{name}: wanted {wanted} for objective {config.objective}, "
+                f"got {getattr(config, name)}"
+            )
     records = read_preferences(config.data, config.objective)
     train, held = split_records(records, config.eval_fraction, config.seed)
     rows = [_encode(part, config, tokenizer) for part in (train, held)]
-    reports = [_report(part) for part in rows]
-    return Prepared(rows[0], rows[1] if len(rows[1]) else None, *reports)
+    report, held_report = (_report(part) for part in rows)
+    return Prepared(rows[0], rows[1] if len(rows[1]) else None, report, held_report)
 
 
 def _encode(

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune.config import RunConfig
 from finetune.data import Example, encode_records
+from finetune.prepare import prepare_data
 from finetune.records import read_records, split_records
 from finetune.run_data import build_held_out, build_run_data
 
@@ -146,3 +147,14 @@ def test_overlap_of_a_split_is_of_near_repeats(
 
     assert data.removed["overlap"] > 0
     assert not letters(data.train) & letters(data.held_out)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"on_bad": "skip"}, {"long": "split"}, {"eval_data": "x"}, {"drop_overlap": True}]
+)
+def test_settings_of_supervised_data_are_refused_for_preferences(
+    tokenizer: PreTrainedTokenizerFast, changes: dict[str, Any]
+) -> None:
+    name = next(iter(changes))
+    with pytest.raises(ValueError, match=f"{name}: wanted .* for objective dpo, got"):
+        prepare_data(_config("d.jsonl", objective="dpo", **changes), tokenizer)

@@ -10,6 +10,7 @@
 | everything else | model dtype | model dtype |
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -38,10 +39,13 @@ def own_dtypes(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kind = self.device.type
-        if not torch.is_autocast_enabled(kind):
+        # Both are asked: weights that lie on a disk have no device of their own.
+        on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not on:
             return forward(self, *args, **kwargs)
-        with torch.autocast(kind, enabled=False):
+        with contextlib.ExitStack() as stack:
+            for kind in on:
+                stack.enter_context(torch.autocast(kind, enabled=False))
             return forward(self, *args, **kwargs)
 
     return run

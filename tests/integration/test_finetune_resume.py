@@ -89,7 +89,10 @@ except OSError as error:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of two layers with its tokenizer, and twelve records beside it."""
+    """A model of two layers with its tokenizer, and sixteen records beside it.
+
+    Thirteen of them train: an epoch is four steps, and a run ends in the middle of its second.
+    """
     directory = tmp_path_factory.mktemp("base")
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -133,7 +136,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         Dsv4ForCausalLM(config).save_pretrained(directory)
-    lines = [{"prompt": f"meter {i}", "completion": f" lasts {i * i} years"} for i in range(12)]
+    lines = [{"prompt": f"meter {i}", "completion": f" lasts {i * i} years"} for i in range(16)]
     (directory / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return directory
 

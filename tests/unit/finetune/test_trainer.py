@@ -328,7 +328,7 @@ def test_an_adapter_that_cannot_be_written_is_an_error_of_the_disk(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     (tmp_path / "adapter_model.safetensors").mkdir()
-    with pytest.raises(OSError, match="could not write the adapter|Is a directory"):
+    with pytest.raises(OSError, match=r"could not write the adapter|Is a directory"):
         save_adapter(attach_adapters(make_model(), "attention", r=2), tmp_path)
 
 

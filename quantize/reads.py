@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -121,8 +122,10 @@ class _Queue:
             if error is not None:
                 read.error = read.error or error
                 if read.given < read.size:
-                    # The rest of a record that is lost already is not worth a request.
-                    self._waiting[read.urgency].remove(read)
+                    # The rest of a record that is lost already is not worth a request. Not there:
+                    # the queue was closed meanwhile.
+                    with suppress(ValueError):
+                        self._waiting[read.urgency].remove(read)
                     read.given = read.size
             return not read.under_way and read.given == read.size
 
@@ -139,8 +142,11 @@ class _Queue:
                 read.set_exception(read.error)
 
     def _give_up(self, read: RecordRead) -> bool:
-        """Hand out no more pieces of a record; whether none is under way."""
+        """Hand out no more pieces of a record; whether its end is left to be told."""
         with self.changed:
+            if read.given == read.size:
+                # Who ended its last piece tells it, or has.
+                return False
             read.error = read.error or OSError("the expert store was closed during a read")
             read.given = read.size
             return not read.under_way

@@ -14,10 +14,12 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from .interrupts import Guard
 from .pack import ALIGNMENT
 
 logger = logging.getLogger(__name__)
@@ -78,18 +80,18 @@ class _Queue:
     """Records whose pieces wait for a thread, by urgency and then in order."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
+        self.guard, self._closing = Guard(), Guard()
         self.closed = False
         self._waiting: dict[Urgency, deque[RecordRead]] = {u: deque() for u in Urgency}
 
     def put(self, read: RecordRead) -> None:
-        with self.changed:
+        with self.guard:
             self._waiting[read.urgency].append(read)
-            self.changed.notify_all()
+            self.guard.changed()
 
     def hurry(self, read: RecordRead, urgency: Urgency) -> None:
         """Move a waiting record to a more urgent place."""
-        with self.changed:
+        with self.guard:
             if urgency < read.urgency and read in self._waiting[read.urgency]:
                 self._waiting[read.urgency].remove(read)
                 self._waiting[urgency].append(read)
@@ -97,50 +99,61 @@ class _Queue:
 
     def take(self, size: int) -> _Piece | None:
         """Wait for the next piece; None once the queue is closed."""
-        with self.changed:
-            while not self.closed:
-                waiting = next((w for w in self._waiting.values() if w), None)
-                if waiting is None:
-                    self.changed.wait()
-                    continue
-                read = waiting[0]
-                if not read.given and not read.set_running_or_notify_cancel():
-                    waiting.popleft()
-                    continue
-                begin, read.given = read.given, min(read.given + size, read.size)
-                read.under_way += 1
-                if read.given == read.size:
-                    waiting.popleft()
-                return _Piece(read, begin, read.given)
+        while True:
+            with self.guard:
+                piece, seen = self._next(size), self.guard.version
+                if piece is not None or self.closed:
+                    return piece
+            self.guard.wait(seen)
+
+    def _next(self, size: int) -> _Piece | None:
+        """The next piece, if there is one."""
+        while (waiting := next((w for w in self._waiting.values() if w), None)) is not None:
+            read = waiting[0]
+            if not read.given and not read.set_running_or_notify_cancel():
+                waiting.popleft()
+                continue
+            begin, read.given = read.given, min(read.given + size, read.size)
+            read.under_way += 1
+            if read.given == read.size:
+                waiting.popleft()
+            return _Piece(read, begin, read.given)
         return None
 
     def finish(self, read: RecordRead, error: Exception | None) -> bool:
         """Count one piece as over; whether it was the record's last."""
-        with self.changed:
+        with self.guard:
             read.under_way -= 1
             if error is not None:
                 read.error = read.error or error
                 if read.given < read.size:
-                    # The rest of a record that is lost already is not worth a request.
-                    self._waiting[read.urgency].remove(read)
+                    # The rest of a record that is lost already is not worth a request. Not there:
+                    # the queue was closed meanwhile.
+                    with suppress(ValueError):
+                        self._waiting[read.urgency].remove(read)
                     read.given = read.size
             return not read.under_way and read.given == read.size
 
     def close(self) -> None:
         """Call off what was not begun and let the threads end."""
-        with self.changed:
-            self.closed = True
-            left = [read for waiting in self._waiting.values() for read in waiting]
-            for waiting in self._waiting.values():
-                waiting.clear()
-            self.changed.notify_all()
-        for read in left:
-            if not read.cancel() and self._give_up(read):
-                read.set_exception(read.error)
+        with self._closing:
+            with self.guard:
+                self.closed = True
+                left = [read for waiting in self._waiting.values() for read in waiting]
+                for waiting in self._waiting.values():
+                    waiting.clear()
+                self.guard.changed()
+            # Not under the lock: who hears of it takes locks of its own.
+            for read in left:
+                if not read.cancel() and self._give_up(read):
+                    read.set_exception(read.error)
 
     def _give_up(self, read: RecordRead) -> bool:
-        """Hand out no more pieces of a record; whether none is under way."""
-        with self.changed:
+        """Hand out no more pieces of a record; whether its end is left to be told."""
+        with self.guard:
+            if read.given == read.size:
+                # Who ended its last piece tells it, or has.
+                return False
             read.error = read.error or OSError("the expert store was closed during a read")
             read.given = read.size
             return not read.under_way

@@ -13,74 +13,55 @@ record(layer, expert)    ── waits for its own read ──> uint8 view, pinne
 ```
 """
 
-import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
 from .buffers import Buffers
+from .interrupts import Guard
 from .pack import PackFile
+from .read_counts import ReadCounts
 from .reads import PIECE, Key, RecordRead, RecordReader, Urgency
 from .replacement import Replacement, make_replacement
 from .sizes import format_size
 
+T = TypeVar("T")
+
+# Who waits looks again after so long, should an interrupt have kept the news from being told.
+_LOOK_SECONDS = 1.0
 # What reads for later layers may hold, as a share of the budget: the running layer needs the rest.
 _FORESEEN_SHARE = 0.5
 
 
-@dataclass
-class ReadCounts:
-    """What one layer's experts cost so far.
+class _Hold:
+    """One user of a record, which is pinned while this lives, however its block is left."""
 
-    Attributes:
-        tokens: rows that passed the layer.
-        hits: uses of an expert whose record was already in memory.
-        misses: records read from disk.
-        bytes_read: misses times the record's size, exactly.
-        waits: times that a read was waited for.
-        wait_seconds: how long.
-        read_seconds: time during which a request was in flight: bytes_read / read_seconds is the
-            bandwidth that was reached.
-        called_off: reads for later layers that were not wanted and not begun.
-    """
-
-    tokens: int = 0
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    waits: int = 0
-    wait_seconds: float = 0.0
-    read_seconds: float = 0.0
-    called_off: int = 0
-
-    def add(self, other: "ReadCounts") -> None:
-        """Add another's counts to these."""
-        for f in fields(self):
-            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+    slot: "_Slot | None" = None
 
 
 @dataclass
 class _Slot:
     """One buffer and the record in it.
 
-    `fresh`: read, and not used since. `returned`: the read failed and the buffer was given back.
+    `holds`: who looks at it. `fresh`: read, and not used since. `returned`: the read failed and the
+    buffer was given back.
     """
 
     buffer: torch.Tensor
     read: RecordRead
-    pins: int = 0
+    holds: "weakref.WeakSet[_Hold]" = field(default_factory=weakref.WeakSet)
     fresh: bool = True
     returned: bool = False
 
     def idle(self) -> bool:
-        return not self.pins and self.read.done()
+        return not self.holds and self.read.done()
 
 
 class ExpertStore:
@@ -131,7 +112,7 @@ class ExpertStore:
         # What later layers will or may need, likewise.
         self._foreseen: dict[Key, Urgency] = {}
         self._unread_foreseen: deque[Key] = deque()
-        self._changed = threading.Condition()
+        self._guard = Guard()
         self._closed = False
         paths = [pack.path for pack in self.packs]
         self._reader = RecordReader(paths, threads, page_cache, _weakly(self._check), piece)
@@ -185,7 +166,7 @@ class ExpertStore:
 
     def layer_bytes(self, layer: int) -> int:
         """Bytes of the buffers that hold records of one layer."""
-        with self._changed:
+        with self._guard:
             return sum(slot.buffer.nbytes for key, slot in self._slots.items() if key[0] == layer)
 
     def announce(self, layer: int, experts: Sequence[int]) -> None:
@@ -197,7 +178,7 @@ class ExpertStore:
         Raises:
             ValueError: the store was closed.
         """
-        with self._changed:
+        with self._guard:
             self._check_open()
             self._wanted = {(layer, expert): None for expert in experts}
             self._forget_foreseen(layer)
@@ -218,7 +199,7 @@ class ExpertStore:
             experts: in order.
             sure: false for a guess, read behind what is sure.
         """
-        with self._changed:
+        with self._guard:
             self._check_open()
             self._forget_foreseen(layer)
             urgency = Urgency.FORESEEN if sure else Urgency.GUESSED
@@ -255,35 +236,34 @@ class ExpertStore:
             ValueError: the record is damaged, or the store was closed.
             MemoryError: the system has no memory for a single record.
         """
-        key = (layer, expert)
-        slot = self._pin(key)
-        used = False
+        key, hold, used = (layer, expert), _Hold(), False
         try:
+            slot = self._pin(key, hold)
             self._wait(slot)
             used = last
             yield slot.buffer
         finally:
-            self._unpin(key, slot, used)
+            self._unpin(key, hold, used)
 
     def close(self) -> None:
         """Stop the threads and close the files; the store can't be used afterwards.
 
         Who waits for a read that was not begun gets a ValueError; what is lent stays valid.
         """
-        with self._changed:
+        with self._guard:
             self._closed = True
             self._unread.clear()
             self._unread_foreseen.clear()
-            self._changed.notify_all()
+            self._guard.changed()
         self._reader.close()
 
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the expert store was closed; load the model again")
 
-    def _pin(self, key: Key) -> _Slot:
-        with self._changed:
-            while True:
+    def _pin(self, key: Key, hold: _Hold) -> _Slot:
+        while True:
+            with self._guard:
                 self._check_open()
                 slot = self._slots.get(key)
                 try:
@@ -294,30 +274,40 @@ class ExpertStore:
                         raise
                     continue
                 if slot is not None:
-                    slot.pins += 1
+                    hold.slot = slot
+                    slot.holds.add(hold)
                     self._reader.hurry(slot.read)
                     return slot
-                # Every buffer is being read into or looked at by another thread.
-                self._changed.wait()
+                seen = self._guard.version
+            # Every buffer is being read into or looked at by another thread, whose end is told
+            # unless it was interrupted.
+            self._guard.wait(seen, _LOOK_SECONDS)
 
     def _wait(self, slot: _Slot) -> None:
-        try:
-            if not slot.read.done():
-                with self._counting_wait(slot.read.key[0]):
-                    slot.read.exception()
-            slot.read.result()
-        except CancelledError:
-            self._check_open()
-            raise
+        self._wait_for(slot.read.key[0], lambda: slot.read.done() or None)
+        with self._guard:
+            try:
+                slot.read.result()
+            except CancelledError:
+                self._check_open()
+                raise
 
     def _await_any(self, left: dict[Key, None]) -> Key:
-        with self._changed:
-            key = self._arrived(left)
-            if key is None:
-                with self._counting_wait(next(iter(left))[0]):
-                    while (key := self._arrived(left)) is None:
-                        self._changed.wait()
-            return key
+        return self._wait_for(next(iter(left))[0], lambda: self._arrived(left))
+
+    def _wait_for(self, layer: int, look: Callable[[], T | None]) -> T:
+        """What `look` finds, under the lock, once that is not None."""
+        start: float | None = None
+        while True:
+            with self._guard:
+                found, seen = look(), self._guard.version
+                if found is not None:
+                    if start is not None:
+                        self.counts[layer].waits += 1
+                        self.counts[layer].wait_seconds += time.perf_counter() - start
+                    return found
+            start = time.perf_counter() if start is None else start
+            self._guard.wait(seen, _LOOK_SECONDS)
 
     def _arrived(self, left: dict[Key, None]) -> Key | None:
         """A key that can be used now; None while one of them is being read."""
@@ -330,19 +320,12 @@ class ExpertStore:
         # No buffer was free for any: its use will insist.
         return None if reading else next(iter(left))
 
-    @contextmanager
-    def _counting_wait(self, layer: int) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self.counts[layer].waits += 1
-                self.counts[layer].wait_seconds += time.perf_counter() - start
-
-    def _unpin(self, key: Key, slot: _Slot, used: bool) -> None:
-        with self._changed:
-            slot.pins -= 1
+    def _unpin(self, key: Key, hold: _Hold, used: bool) -> None:
+        with self._guard:
+            slot = hold.slot
+            if slot is None:
+                return
+            slot.holds.discard(hold)
             # Interrupted while waiting: the read goes on, and its buffer stays taken until it ends.
             if slot.read.done() and _failed(slot.read):
                 self._forget(key, slot)
@@ -353,7 +336,7 @@ class ExpertStore:
                 slot.fresh = False
                 self._order.use(key)
             self._read_ahead()
-            self._changed.notify_all()
+            self._guard.changed()
 
     def _forget(self, key: Key, slot: _Slot) -> None:
         """Drop a record that was not read, so that the next use tries again."""
@@ -361,7 +344,7 @@ class ExpertStore:
             del self._slots[key]
             self._order.remove(key)
         # A read may have failed before it was pinned.
-        if not slot.pins and not slot.returned:
+        if not slot.holds and not slot.returned:
             slot.returned = True
             self._buffers.give(slot.buffer)
 
@@ -370,7 +353,7 @@ class ExpertStore:
         for key in [key for key in self._foreseen if key[0] == layer]:
             del self._foreseen[key]
             slot = self._slots.get(key)
-            if slot is None or key in self._wanted or slot.pins or not slot.fresh:
+            if slot is None or key in self._wanted or slot.holds or not slot.fresh:
                 continue
             if slot.read.cancel():
                 self.counts[layer].called_off += 1
@@ -413,11 +396,11 @@ class ExpertStore:
 
     def _settle(self, read: "Future[None]") -> None:
         assert isinstance(read, RecordRead)
-        with self._changed:
+        with self._guard:
             slot = self._slots.get(read.key)
-            if slot is not None and slot.read is read and not slot.pins and _failed(read):
+            if slot is not None and slot.read is read and not slot.holds and _failed(read):
                 self._forget(read.key, slot)
-            self._changed.notify_all()
+            self._guard.changed()
 
     def _size(self, key: Key) -> int:
         return self.packs[key[0]].span(key[1])[1]
@@ -472,7 +455,7 @@ class ExpertStore:
         layer, expert = key
         if key not in self._checked:
             self.packs[layer].check_record(expert, view, self._checksums[layer][expert])
-        with self._changed:
+        with self._guard:
             self._checked.add(key)
             self.counts[layer].misses += 1
             self.counts[layer].bytes_read += len(view)

@@ -192,27 +192,52 @@ def sole_writer(directory: Path) -> Iterator[None]:
 
     The lock is on the directory itself, so that nothing is left of it; the kernel releases it when
     the process ends, however that happens. A file system without locks goes without. A directory
-    that was made for it and stayed empty is removed.
+    that was made for it and stayed empty is removed, before the lock is given back.
 
     Raises:
         ValueError: another process is writing there.
     """
     made = not directory.exists()
-    if made:
-        directory.mkdir(parents=True, exist_ok=True)
-    if not directory.is_dir():
+    while (descriptor := _open_made(directory)) is not None:
+        try:
+            _lock(directory, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if _is_at(descriptor, directory):
+            break
+        # Another writer made it, left it empty, and removed it before its lock came to us.
+        os.close(descriptor)
+        made = True
+    if descriptor is None:
         # The conversion says what is wrong with it.
         yield
         return
-    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        _lock(directory, descriptor)
         yield
     finally:
-        os.close(descriptor)
         if made:
             with suppress(OSError):
                 directory.rmdir()
+        os.close(descriptor)
+
+
+def _open_made(directory: Path) -> int | None:
+    """Descriptor of a directory, made where there is none; None if something else is there."""
+    while True:
+        if not directory.exists():
+            directory.mkdir(parents=True, exist_ok=True)
+        if directory.exists() and not directory.is_dir():
+            return None
+        with suppress(FileNotFoundError):
+            return os.open(directory, os.O_RDONLY)
+
+
+def _is_at(descriptor: int, directory: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), directory.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(directory: Path, descriptor: int) -> None:

@@ -52,6 +52,14 @@ def run(
         Path | None,
         typer.Option(help="Keeps what --file read.", rich_help_panel=_PANEL["where"]),
     ] = None,
+    cold: Annotated[
+        str,
+        typer.Option(
+            metavar="cpu|gpu|auto",
+            help="Who computes experts outside of the GPU's memory.",
+            rich_help_panel=_PANEL["where"],
+        ),
+    ] = "",
     kv_offload: Annotated[
         str,
         typer.Option(
@@ -86,6 +94,8 @@ def run(
 ) -> None:
     """Ask MODEL, chat with it (without --prompt), or serve it."""
     _check_usage(prompt, file, cache, raw, think, [plan, calibrate, serve], as_json and serve)
+    if cold not in ("", "cpu", "gpu", "auto"):
+        raise typer.BadParameter(f"wanted cpu, gpu or auto, got {cold!r}", param_hint="--cold")
     wishes = Wishes(
         parse_size(ram) if ram else None, read_vram(vram) if vram else None, stats, as_json, quiet
     )
@@ -97,7 +107,7 @@ def run(
     if calibrate:
         return programs.calibrate(source, wishes)
     settings = programs.Settings(max_new_tokens, temperature, top_p, seed, (), _read_draft(draft))
-    engine = programs.open_engine(source, wishes, 4 if serve else 2, kv_offload or None)
+    engine = programs.open_engine(source, wishes, 4 if serve else 2, kv_offload or None, cold)
     if serve:
         return programs.serve(engine, settings, model, host, port, wishes)
     asked = programs.Question(prompt, tuple(file or ()), system, raw, think, cache)

@@ -5,6 +5,7 @@ A text has many spellings in tokens. If an answer were tokenized anew for the ne
 of what the model has read and written would end where the spelling first differs.
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +48,10 @@ class Conversations:
         self.engine = engine
         self.variant = choose_variant(engine.tokenizer)
         self.form = FORMATS[self.variant]
-        self._spelled: OrderedDict[str, list[int]] = OrderedDict()
+        # Answers by where they stand: a text that another conversation holds is spelled anew.
+        self._spelled: OrderedDict[tuple[bytes, str], list[int]] = OrderedDict()
+        # Where the answer to a prompt's ids stands.
+        self._places: OrderedDict[bytes, bytes] = OrderedDict()
 
     @property
     def thinks(self) -> bool:
@@ -69,9 +73,19 @@ class Conversations:
         for start, stop in chat.spans:
             ids += self.engine.encode(chat.text[at:start]) if at < start else []
             said = chat.text[start:stop]
-            ids += self._spelled.get(said) or self.engine.encode(said)
+            place = self._place(chat.text[:start])
+            ids += self._spelled.get((place, said)) or self.engine.encode(said)
             at = stop
-        return ids + (self.engine.encode(chat.text[at:]) if at < len(chat.text) else [])
+        ids += self.engine.encode(chat.text[at:]) if at < len(chat.text) else []
+        self._places[_digest(repr(ids))] = self._place(chat.text)
+        if len(self._places) > _REMEMBERED:
+            self._places.popitem(last=False)
+        return ids
+
+    def _place(self, before: str) -> bytes:
+        """What tells the place of an answer: the conversation up to its turn."""
+        cut = before.rfind(self.form.assistant) if self.form.assistant else -1
+        return _digest(before[:cut] if cut >= 0 else before)
 
     def ask(
         self,
@@ -99,7 +113,13 @@ class Conversations:
         thinking: bool = False,
         border: int = 0,
     ) -> Reply:
-        """The same for a conversation that `encode` has written; `border` as there."""
+        """The same for a conversation that `encode` has written.
+
+        Args:
+            ids: [n] up to where the answer begins.
+            settings, on_piece, thinking: as `ask`.
+            border: as `Engine.answer`.
+        """
         reply, stream = Reply(), _Pieces(AnswerStream(self.variant, thinking))
 
         def tell(text: str) -> None:
@@ -113,7 +133,7 @@ class Conversations:
         reply.answer = self.engine.answer(ids, asked, tell, border, thinking)
         for kind, piece in stream.close():
             self._take(reply, kind, piece, on_piece)
-        self._remember(reply)
+        self._remember(reply, ids)
         return reply
 
     def _take(self, reply: Reply, kind: str, text: str, tell: OnPiece | None) -> None:
@@ -126,7 +146,7 @@ class Conversations:
         if tell is not None:
             tell(kind, text)
 
-    def _remember(self, reply: Reply) -> None:
+    def _remember(self, reply: Reply, prompt: list[int]) -> None:
         """Note in which ids the model spelled this answer."""
         ids, eos = reply.answer.ids, self.engine.encode(self.form.eos)
         body = ids[: -len(eos)] if ids[-len(eos) :] == eos else ids
@@ -136,9 +156,16 @@ class Conversations:
             body = body[body.index(marker) + 1 :] if marker in body else []
         if self.engine.tokenizer.decode(body, skip_special_tokens=False) != reply.content:
             return
-        self._spelled[reply.content + self.form.eos] = [*body, *eos]
+        place = self._places.get(_digest(repr(prompt)))
+        if place is None:
+            return
+        self._spelled[place, reply.content + self.form.eos] = [*body, *eos]
         if len(self._spelled) > _REMEMBERED:
             self._spelled.popitem(last=False)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 class _Pieces:

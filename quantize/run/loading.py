@@ -17,6 +17,8 @@ from ..placement import Machine
 from ..planning import Planned, direct_note, make_plan, this_ram, with_rates
 from ..sizes import format_size
 
+# Who computes experts outside of a GPU's memory: words of `--cold`, and those of from_pretrained.
+COLD = {"cpu": "host", "gpu": "device", "auto": "auto"}
 # Tokens that a plan makes room for, where the model's context is longer.
 DEFAULT_CONTEXT = 65536
 # Memory for the rows of Engram tables that are left on disk; out of what a plan keeps free.
@@ -73,11 +75,20 @@ def plan_here(
     return replace(planned, notes=notes)
 
 
-def load(source: Source, ram: int | None, vram: int | tuple[int, ...] | None) -> tuple[Any, Any]:
+def load(
+    source: Source, ram: int | None, vram: int | tuple[int, ...] | None, cold: str = ""
+) -> tuple[Any, Any]:
     """Model and tokenizer, under budgets of memory if some are wished.
 
+    Args:
+        source: what `look` found.
+        ram: bytes of host memory, None for what there is.
+        vram: of a GPU, likewise.
+        cold: where experts outside of a GPU's memory are computed, a key of `COLD`, or "".
+
     Raises:
-        ValueError: no tokenizer, a budget that the model does not fit into, or several GPUs.
+        ValueError: no tokenizer, a budget that the model does not fit into, several GPUs, or `cold`
+            without a GPU or without packed experts.
         OSError: files are missing.
     """
     from transformers import AutoTokenizer
@@ -94,6 +105,11 @@ def load(source: Source, ram: int | None, vram: int | tuple[int, ...] | None) ->
     options: dict[str, Any] = {"device_map": "cuda:0"} if on_gpu else {}
     if ram is not None or vram:
         options |= _budget(source, ram, vram or 0)
+    if cold:
+        if not on_gpu or not source.converted:
+            lacking = "a CUDA device" if source.converted else "a converted model"
+            raise ValueError(f"--cold: wanted {lacking}: there are no experts outside of a GPU")
+        options["cold_experts"] = COLD[cold]
     tokenizer = AutoTokenizer.from_pretrained(source.directory)
     model = Dsv4ForCausalLM.from_pretrained(source.directory, dtype="auto", **options)
     return model.eval(), tokenizer

@@ -41,15 +41,19 @@ class Question:
 
 
 def open_engine(
-    source: Source, wishes: Wishes, slots: int, kv_offload: str | Path | None = None
+    source: Source,
+    wishes: Wishes,
+    slots: int,
+    kv_offload: str | Path | None = None,
+    cold: str = "",
 ) -> Engine:
-    """Load the model."""
+    """Load the model; `cold` as `loading.load`, `kv_offload` as `Engine`."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     check_offload(kv_offload, None)
     wishes.note(f"loading {source.directory}")
-    model, tokenizer = load(source, wishes.ram, wishes.vram)
+    model, tokenizer = load(source, wishes.ram, wishes.vram, cold)
     return Engine(model, tokenizer, slots, MachineProfile.load(), kv_offload)
 
 

@@ -75,11 +75,16 @@ class Scheduler:
         self._jobs.put(job)
 
     def cancel(self, job: Job) -> None:
-        """Say that nobody waits for a job: it ends behind its next token, or never starts."""
+        """Say that nobody waits for a job: it ends behind its next token, or never starts.
+
+        One that has not begun gives its place in the queue to others at once.
+        """
         with self._lock:
             job.cancelled.set()
             if self._current is job:
                 self.engine.cancelled.set()
+            elif job in self._open:
+                self._open.remove(job)
 
     def close(self, seconds: float = 5.0) -> bool:
         """Cancel everything and end the thread; whether it did in time."""
@@ -96,7 +101,8 @@ class Scheduler:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            self._begin(job)
+            if not self._begin(job):
+                continue
             try:
                 job.events.put((DONE, job.work(job.say)))
             except Exception as error:
@@ -107,10 +113,11 @@ class Scheduler:
                     self._current = None
                     self._open.remove(job)
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: Job) -> bool:
+        """Make a job the running one; false if nobody waits for it any more."""
         with self._lock:
-            self._current = job
             if job.cancelled.is_set():
-                self.engine.cancelled.set()
-            else:
-                self.engine.cancelled.clear()
+                return False
+            self._current = job
+            self.engine.cancelled.clear()
+            return True

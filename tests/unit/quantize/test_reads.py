@@ -299,3 +299,29 @@ def test_resident_bytes_stay_within_the_budget(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     # Code and stacks of threads are beside it.
     assert budget / 2 < int(done.stdout) < budget + (6 << 20)
+
+
+def _queued(size: int = 4 * PIECE) -> tuple[reads._Queue, reads.RecordRead]:
+    view = memoryview(bytearray(size))
+    queue, read = reads._Queue(), reads.RecordRead((0, 0), view, 0, reads.Urgency.WANTED, print)
+    queue.put(read)
+    return queue, read
+
+
+def test_a_piece_that_fails_after_the_queue_was_closed_ends_its_record_once() -> None:
+    queue, read = _queued()
+    assert queue.take(PIECE) is not None
+    # Closed between its two steps: nothing waits any more, and nothing was given up yet.
+    queue._waiting[reads.Urgency.WANTED].clear()
+    assert queue.finish(read, OSError("lost"))
+    assert not queue._give_up(read)
+    assert isinstance(read.error, OSError) and str(read.error) == "lost"
+
+
+def test_a_record_under_way_when_the_queue_is_closed_is_ended_by_its_last_piece() -> None:
+    queue, read = _queued()
+    queue.take(PIECE)
+    queue.close()
+    assert not read.done()
+    assert queue.finish(read, None)
+    assert "closed" in str(read.error)

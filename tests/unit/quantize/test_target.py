@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from quantize import direct
+from quantize import target as target_module
 from quantize.checksums import Checksums, damages
 from quantize.cli import app
 from quantize.config import Recipe, get_recipe
@@ -280,6 +281,44 @@ def test_a_lock_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monkey
     with sole_writer(tmp_path / "out"):
         (tmp_path / "out" / "file").write_text("kept")
     assert (tmp_path / "out" / "file").is_file()
+
+
+def test_a_writer_that_gets_the_lock_of_a_removed_directory_makes_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, lock, removed = tmp_path / "out", target_module._lock, []
+
+    def late(directory: Path, descriptor: int) -> None:
+        # The writer before ends just now, and takes its empty directory along.
+        if not removed:
+            removed.append(os.fstat(descriptor).st_ino)
+            directory.rmdir()
+            (tmp_path / "other").mkdir()
+        lock(directory, descriptor)
+
+    monkeypatch.setattr(target_module, "_lock", late)
+    out.mkdir()
+    with sole_writer(out):
+        assert removed and out.is_dir()
+        with (
+            pytest.raises(ValueError, match="another conversion is writing there"),
+            sole_writer(out),
+        ):
+            pass
+        assert out.is_dir()
+    assert not out.exists()
+
+
+def test_an_empty_directory_goes_before_its_lock_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, close = [], os.close
+    monkeypatch.setattr(
+        os, "close", lambda f: (closed.append((tmp_path / "out").exists()), close(f))
+    )
+    with sole_writer(tmp_path / "out"):
+        closed.clear()
+    assert closed == [False]
 
 
 def test_the_error_of_rounding_is_told(release: Path, tmp_path: Path) -> None:

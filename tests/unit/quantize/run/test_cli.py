@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from quantize.config import get_recipe
 from quantize.convert import convert
@@ -56,6 +57,7 @@ def test_help_has_an_example(run) -> None:
         ["m", "--plan", "--serve"],
         ["m", "--serve", "--json"],
         ["m", "--cache", "d"],
+        ["m", "--cold", "fridge"],
         ["m", "--raw"],
         ["m", "--prompt", "a", "--raw", "--think"],
         ["m", "--prompt", "a", "--draft", "many"],
@@ -161,6 +163,13 @@ def test_files_stand_before_the_prompt_and_are_read_once(run, nano: Path, tmp_pa
     err = run(nano, *wish[:-1])[2]
     assert "read 2 files" in err
     assert "left out 2 that are hidden or no text" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cold_experts_want_a_gpu_and_packs(run, nano: Path, packed: Path) -> None:
+    for model, lacking in ((nano, "a converted model"), (packed, "a CUDA device")):
+        code, _, err = run(model, "--prompt", "So?", "--cold", "cpu")
+        assert code == 1 and f"--cold: wanted {lacking}" in err
 
 
 def test_a_place_for_entries_that_is_none_is_told_before_loading(

@@ -89,9 +89,10 @@ def test_turn_markers_end_an_answer(says) -> None:
 def test_an_answers_spelling_is_kept_without_its_reasoning(says, thinking: bool) -> None:
     talk = says(("So.</think>" if thinking else "") + "It is warm.")
     reply = talk.ask(ASK, Settings(), None, thinking)
-    assert list(talk._spelled) == ["It is warm.<｜end▁of▁sentence｜>"]
+    ((place, said),) = talk._spelled
+    assert said == "It is warm.<｜end▁of▁sentence｜>"
     strange = [5, 6, 7]
-    talk._spelled["It is warm.<｜end▁of▁sentence｜>"] = strange
+    talk._spelled[place, said] = strange
     ids = talk.encode([*ASK, reply.message(), {"role": "user", "content": "And?"}], thinking)
     assert any(ids[i : i + 3] == strange for i in range(len(ids)))
 
@@ -133,3 +134,20 @@ def test_a_call_and_its_result_go_back_into_the_next_prompt(says) -> None:
     text = talk.engine.tokenizer.decode(ids)
     assert CALL.strip() in text
     assert "31 degrees" in text
+
+
+def test_what_one_client_was_answered_spells_nothing_in_anothers_conversation(says) -> None:
+    talk = says("It is warm.")
+    reply = talk.ask(ASK, Settings())
+    (place, said), ids = next(iter(talk._spelled.items()))
+    # As if the model had written the same text in other pieces.
+    talk._spelled[place, said] = odd = [*ids[:-1], ids[-2], ids[-1]]
+    more = {"role": "user", "content": "And in Paris?"}
+    mine = talk.encode([*ASK, reply.message(), more], False)
+    other = talk.encode([{"role": "user", "content": "Is it warm?"}, reply.message(), more], False)
+
+    def holds(whole: list[int], part: list[int]) -> bool:
+        return any(whole[i : i + len(part)] == part for i in range(len(whole)))
+
+    assert holds(mine, odd)
+    assert holds(other, ids) and not holds(other, odd)

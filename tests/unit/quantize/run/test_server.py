@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from quantize.run import Settings
-from quantize.run.scheduler import Job, Scheduler
+from quantize.run.scheduler import Busy, Job, Scheduler
 from quantize.run.server import MAX_BODY, Service, is_loopback
 
 QUESTION = {"messages": [{"role": "user", "content": "What is the duty of Congress?"}]}
@@ -252,17 +252,24 @@ def test_a_failure_of_the_model_is_500_and_the_next_one_is_answered(
 
 def test_a_job_that_nobody_waits_for_is_never_begun(engine) -> None:
     one = engine()
-    scheduler = Scheduler(one)
+    scheduler = Scheduler(one, waiting=2)
     gate, begun = threading.Event(), []
     first = Job(lambda say: gate.wait(10))
-    second = Job(lambda say: begun.append(one.cancelled.is_set()))
+    second = Job(lambda say: begun.append("second"))
     third = Job(lambda say: begun.append(one.cancelled.is_set()))
     for job in (first, second, third):
         scheduler.submit(job)
+    with pytest.raises(Busy):
+        scheduler.submit(Job(lambda say: None))
     scheduler.cancel(second)
+    # Its place is free at once, while the first still runs.
+    assert scheduler.waiting == 2
+    scheduler.submit(Job(lambda say: begun.append("fourth")))
     gate.set()
     third.events.get(timeout=10)
-    assert begun == [True, False]
+    assert _until(lambda: scheduler.waiting == 0)
+    assert begun == [False, "fourth"]
+    scheduler.cancel(second)
     assert scheduler.close(5)
 
 

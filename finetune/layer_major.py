@@ -163,9 +163,7 @@ class LayerMajor:
         if self.checkpoint_dtype is not None:
             dtype = min(dtype, self.checkpoint_dtype, key=lambda d: d.itemsize)
         row = sum(micro.rows for micro in micros) * config.hidden_size * dtype.itemsize
-        plan = plan_checkpoints(
-            len(self.layers), row * config.hc_mult, row, self.checkpoint_memory
-        )
+        plan = plan_checkpoints(len(self.layers), row * config.hc_mult, row, self.checkpoint_memory)
         if plan.group > 1 and (self.plan is None or self.plan.group != plan.group):
             logger.info(
                 "stream checkpoints of every %d layers (%s): the experts of %d layers are read a "
@@ -179,9 +177,7 @@ class LayerMajor:
         streams = embeds[:, :, None].expand(-1, -1, self.model.config.hc_mult, -1)
         return Carried(streams, first_pre(streams), Shared())
 
-    def _forward(
-        self, micros: list[_Micro], layers: range, plan: CheckpointPlan | None
-    ) -> None:
+    def _forward(self, micros: list[_Micro], layers: range, plan: CheckpointPlan | None) -> None:
         """Pass all micro-batches through some layers.
 
         With a plan what it says is kept; without one all of these layers' inputs are, and the last
@@ -257,7 +253,7 @@ class LayerMajor:
 
     def _lose(self, micros: list[_Micro], num_items: float | torch.Tensor | None) -> torch.Tensor:
         """Losses of all micro-batches; leaves the gradients of the last streams and `pre`."""
-        total = torch.zeros((), dtype=torch.float32, device=self.model.device)
+        losses = []
         for micro in micros:
             assert micro.carried is not None
             labels = _labels(micro.batch)
@@ -272,8 +268,8 @@ class LayerMajor:
             loss, gradient = backward_loss(self.model.lm_head, hidden, labels, divisor)
             hidden.backward(gradient)
             micro.streams, micro.pre, micro.carried = streams.grad, pre.grad, None
-            total += loss
-        return total
+            losses.append(loss)
+        return torch.stack(losses).sum()
 
     def _collapse(
         self, streams: torch.Tensor, pre: torch.Tensor, micro: _Micro, columns: int

@@ -18,6 +18,7 @@ micro-batches, up to the order of additions.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,13 +96,14 @@ class LayerMajor:
         checkpoint_memory: int | None = None,
         checkpoint_dtype: torch.dtype | None = None,
     ) -> None:
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        unwrap: Any = getattr(model, "get_base_model", None)
+        inner: Any = model if unwrap is None else unwrap()
         if not isinstance(inner, Dsv4ForCausalLM):
             raise ValueError(
                 f"layer-major: wanted a Dsv4ForCausalLM, got {type(inner).__name__}; train other "
                 "models in the ordinary order"
             )
-        self.model = inner
+        self.model: Any = inner
         self.layers: Any = inner.model.layers
         self.checkpoint_memory, self.checkpoint_dtype = checkpoint_memory, checkpoint_dtype
         self.experts = [LayerExperts(layer.mlp.experts) for layer in self.layers]
@@ -183,13 +185,13 @@ class LayerMajor:
         With a plan what it says is kept; without one all of these layers' inputs are, and the last
         one's experts, whose outputs nobody wants, are not run.
         """
-        tail = range(0) if plan is None else plan.group_of(plan.starts()[-1])
+        tail = layers if plan is None else plan.group_of(plan.starts()[-1])
         for i in layers:
             # Every row is known: the reads of a late layer hide behind all layers before it.
             self._announce_rows(micros, i, 0)
         for i in layers:
+            whole = i in tail or (plan is not None and plan.group == 1)
             starts = plan is not None and i % plan.group == 0
-            whole = plan is None or i in tail or plan.group == 1
             opened = []
             for m, micro in enumerate(micros):
                 if starts or whole:
@@ -197,29 +199,39 @@ class LayerMajor:
                 opened.append(self._open(micro, i, self._announcer(micros, i, m + 1)))
                 if whole:
                     self._keep_opened(micro, i, opened[-1])
-                for name in ("streams", "beside"):
-                    self._between.put((m, name), getattr(opened[-1], name))
-                    setattr(opened[-1], name, None)
-            if plan is None and i == layers[-1]:
-                return
-            routed = Routed(*(torch.cat(parts) for parts in zip(
-                *((o.x, o.index, o.weights) for o in opened), strict=True)))  # fmt: skip
-            outputs = self.experts[i].forward(routed, lambda: self._foresee(i + 1, len(routed.x)))
-            outputs = outputs.split([len(o.x) for o in opened])
-            for m, (micro, one, out) in enumerate(zip(micros, opened, outputs, strict=True)):
-                for name in ("streams", "beside"):
-                    setattr(one, name, self._between.get((m, name)))
-                    self._between.drop((m, name))
-                streams = close_layer(self.layers[i], one, out)
-                micro.carried = Carried(streams, one.pre, one.shared)
+                self._shelve(m, opened[-1])
+            if plan is not None or i != layers[-1]:
+                self._route(micros, i, opened)
+
+    def _route(self, micros: list[_Micro], i: int, opened: list[Opened]) -> None:
+        """The experts of a layer for all micro-batches, which are behind the layer then."""
+        x, index, weights = (
+            torch.cat([getattr(one, name) for one in opened]) for name in ("x", "index", "weights")
+        )
+        ahead = functools.partial(self._foresee, i + 1, len(x))
+        found = self.experts[i].forward(Routed(x, index, weights), ahead)
+        outputs = found.split([len(one.x) for one in opened])
+        for m, (micro, one, out) in enumerate(zip(micros, opened, outputs, strict=True)):
+            self._unshelve(m, one)
+            micro.carried = Carried(close_layer(self.layers[i], one, out), one.pre, one.shared)
+
+    def _shelve(self, m: int, opened: Opened) -> None:
+        """Put aside what only closes the layer, while the experts have the device's memory."""
+        for name in ("streams", "beside"):
+            self._between.put((m, name), getattr(opened, name))
+            setattr(opened, name, None)
+
+    def _unshelve(self, m: int, opened: Opened) -> None:
+        for name in ("streams", "beside"):
+            setattr(opened, name, self._between.get((m, name)))
+            self._between.drop((m, name))
 
     def _keep(self, micro: _Micro, i: int) -> None:
         """Keep what enters a layer, and go on with what was kept."""
         assert micro.carried is not None
         streams, pre, shared = micro.carried
-        shared = Shared(*(
-            x if needed else None for x, needed in zip(shared, self._needed[i], strict=True)
-        ))  # fmt: skip
+        fields: Any = zip(shared, self._needed[i], strict=True)
+        shared = Shared(*(x if needed else None for x, needed in fields))
         key = (micro.number, i, "streams")
         if key not in self._kept:
             self._kept.put(key, streams)
@@ -370,9 +382,10 @@ class LayerMajor:
 
     def _announce_rows(self, micros: list[_Micro], i: int, m: int) -> None:
         """Start to read a micro-batch's Engram rows of a layer, if its table is on disk."""
-        engram = self.layers[i].engram
+        engram, rows = self.layers[i].engram, micros[m].told.engram_rows
         if engram is not None and getattr(engram.embed, "store", None) is not None:
-            engram.embed.announce(micros[m].told.engram_rows[engram.position])
+            assert rows is not None
+            engram.embed.announce(rows[engram.position])
 
     # --- dropout --------------------------------------------------------------------------------
 

@@ -104,12 +104,13 @@ class LayerMajor:
                 "models in the ordinary order"
             )
         self.model: Any = inner
-        self.layers: Any = inner.model.layers
+        layers: Any = inner.model.layers
+        self.layers = layers
         self.checkpoint_memory, self.checkpoint_dtype = checkpoint_memory, checkpoint_dtype
-        self.experts = [LayerExperts(layer.mlp.experts) for layer in self.layers]
+        self.experts = [LayerExperts(layer.mlp.experts) for layer in layers]
         self.plan: CheckpointPlan | None = None
         self.checkpoint_peak = 0
-        self._needed = needed_fields(self.layers)
+        self._needed = needed_fields(layers)
         self._kept, self._between = StreamCheckpoints(checkpoint_dtype), StreamCheckpoints()
         self._draws = False
         # Copies to a GPU run beside its work from memory that is pinned alone.

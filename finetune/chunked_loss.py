@@ -51,7 +51,8 @@ def backward_loss(
     flat, gradient = hidden.detach().flatten(0, 1), torch.zeros_like(hidden)
     wanted = labels.flatten()
     at = (wanted != IGNORED).nonzero().flatten()
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    total = torch.zeros((), dtype=wide, device=hidden.device)
     if not len(at):
         return total, gradient
     if tokens is None:

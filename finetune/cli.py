@@ -16,6 +16,7 @@ from .commands.check import check
 from .commands.evaluate import evaluate
 from .commands.lr_find import lr_find
 from .commands.merge import merge
+from .commands.plan import plan
 from .commands.train import train
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command(epilog="Example: dsv4-finetune check private.jsonl --model nano")(ch
 app.command("lr-find", epilog="Example: dsv4-finetune lr-find --model nano --data my.jsonl")(
     lr_find
 )
+app.command(epilog="Example: dsv4-finetune plan v4-flash --vram 32GB --ram 192GB")(plan)
 app.command(epilog="Example: dsv4-finetune train --model nano --data my.jsonl --output adapter")(
     train
 )

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from quantize.sizes import parse_size
+
 from .files import write_text
 from .targets import DEFAULT_PRESET, preset_patterns
 
@@ -16,6 +18,7 @@ LossOn = Literal["answers", "all"]
 Schedule = Literal["cosine", "constant", "linear"]
 DType = Literal["auto", "float32", "bfloat16"]
 Gate = Literal["auto", "on", "off"]
+LayerSchedule = Literal["ordinary", "layer-major"]
 Objective = Literal["sft", "dpo", "kto", "orpo"]
 Optimizer = Literal[
     "adamw",
@@ -42,6 +45,7 @@ _FREE_ON_RESUME = (
     "overfit_gate",
     "expert_memory",
     "engram_memory",
+    "checkpoint_memory",
 )
 
 
@@ -55,6 +59,7 @@ _CHOICES = {
     "schedule": Schedule,
     "dtype": DType,
     "overfit_gate": Gate,
+    "layer_schedule": LayerSchedule,
 }
 _COUNTS = (
     "rank",
@@ -113,6 +118,10 @@ class RunConfig:
         dtype: of the base model's plain weights; adapters are float32 in any case.
         expert_memory: how much of the experts may be resident, e.g. "2GiB".
         engram_memory: the same for Engram tables.
+        layer_schedule: "layer-major" passes all micro-batches of a step through a layer before the
+            next, so that experts are read once a direction; see `finetune.layer_major`.
+        checkpoint_memory: host memory of its stream checkpoints, e.g. "64GiB"; None is half of
+            what is free. Over it, groups of layers are computed again.
     """
 
     model: str
@@ -160,6 +169,8 @@ class RunConfig:
     dtype: DType = "auto"
     expert_memory: str | None = None
     engram_memory: str | None = None
+    layer_schedule: LayerSchedule = "ordinary"
+    checkpoint_memory: str | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -185,6 +196,23 @@ class RunConfig:
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: wanted more than 0, got {value}")
         _check_ratios(self.lr_ratios)
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.checkpoint_memory is not None:
+            parse_size(self.checkpoint_memory)
+        if self.layer_schedule == "ordinary":
+            return
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing: layer-major keeps and computes again what it needs by "
+                "itself (checkpoint_memory); leave gradient_checkpointing off"
+            )
+        if self.objective != "sft":
+            raise ValueError(
+                f"layer_schedule: layer-major knows the loss of sft alone, got {self.objective}; "
+                "use ordinary"
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from modeling_dsv4 import ops
 from quantize.experts import StoredExperts
 from quantize.store import ReadCounts
 
@@ -79,7 +80,8 @@ class LayerExperts:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.base: Any = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        unwrap: Any = getattr(module, "get_base_layer", None)
+        self.base: Any = module if unwrap is None else unwrap()
         self.hit: list[int] = []
 
     @property
@@ -98,7 +100,7 @@ class LayerExperts:
 
         `ahead` is called once the layer's own reads are under way; it may foresee others.
         """
-        out = torch.zeros(routed.x.shape, dtype=torch.float32, device=routed.x.device)
+        out = torch.zeros_like(ops.fp32(routed.x))
         counts = routed.counts(self.base.num_experts)
         self.hit = [e for e, count in enumerate(counts) if count]
         for group in self._groups(counts, self.hit, ahead):
@@ -121,7 +123,7 @@ class LayerExperts:
         Returns:
             outputs [n, D] float32; gradients of x [n, D] float32 and of the weights [n, K].
         """
-        out = torch.zeros(routed.x.shape, dtype=torch.float32, device=routed.x.device)
+        out = torch.zeros_like(ops.fp32(routed.x))
         dx, dw = torch.zeros_like(out), torch.zeros_like(routed.weights)
         counts = routed.counts(self.base.num_experts)
         hit = [e for e, count in enumerate(counts) if count]
@@ -209,7 +211,7 @@ class LayerExperts:
 
 
 def _on_device(records: dict[int, torch.Tensor], device: torch.device) -> dict[int, torch.Tensor]:
-    """Records copied to a GPU on a stream of their own, while the group before is computed there."""
+    """Records copied to a GPU on a stream of their own, beside the group before's work."""
     if device.type != "cuda":
         return records
     copies, now = torch.cuda.Stream(device), torch.cuda.current_stream(device)

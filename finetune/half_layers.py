@@ -5,9 +5,9 @@
 compares them bit for bit. Cut there, the experts can serve many micro-batches at once.
 
 ```
-streams ── [engram] ── mHC( attention ) ── mHC opens ──┬── x, ids, weights ──> routed experts ─┐
-                                                       ├── shared expert ── + ─────────────────┘
-                                                       └── streams, post, comb ── mHC closes ──> streams
+streams ── [engram] ── mHC( attention ) ── mHC opens ─┬─ x, ids, weights ──> routed experts ─┐
+                                                      ├─ shared expert ── + ─────────────────┘
+                                                      └─ streams, post, comb ── mHC closes ──>
 ```
 """
 
@@ -145,7 +145,8 @@ def routed_gradient(
     Closing is linear in the output, so that neither it nor the streams have to be known.
     """
     b, s, _, d = gradient.shape
-    routed = torch.zeros(b * s, d, dtype=torch.float32, device=gradient.device, requires_grad=True)
+    wide = torch.promote_types(dtype, torch.float32)
+    routed = torch.zeros(b * s, d, dtype=wide, device=gradient.device, requires_grad=True)
     with torch.enable_grad():
         u = routed.to(dtype).view(b, s, d)
         out = hyper_ops.expand(u, torch.zeros_like(gradient), post, comb, layer.ffn_hc.kernels)
@@ -166,8 +167,8 @@ def needed_fields(layers: nn.ModuleList) -> list[tuple[bool, ...]]:
             # It makes all of them anew.
             needed = (False,) * 4
         elif attention.ratio:
-            entries, keys, ids, candidates = needed
-            ids = not attention.reads_all if not chooses else False
+            _, keys, ids, candidates = needed
+            ids = not chooses and (ids or not attention.reads_all)
             needed = (True, keys or chooses, ids, candidates or chooses)
         out.append(needed)
     return out[::-1]

@@ -18,6 +18,7 @@ micro-batches, up to the order of additions.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,19 +96,21 @@ class LayerMajor:
         checkpoint_memory: int | None = None,
         checkpoint_dtype: torch.dtype | None = None,
     ) -> None:
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        unwrap: Any = getattr(model, "get_base_model", None)
+        inner: Any = model if unwrap is None else unwrap()
         if not isinstance(inner, Dsv4ForCausalLM):
             raise ValueError(
                 f"layer-major: wanted a Dsv4ForCausalLM, got {type(inner).__name__}; train other "
                 "models in the ordinary order"
             )
-        self.model = inner
-        self.layers: Any = inner.model.layers
+        self.model: Any = inner
+        layers: Any = inner.model.layers
+        self.layers = layers
         self.checkpoint_memory, self.checkpoint_dtype = checkpoint_memory, checkpoint_dtype
-        self.experts = [LayerExperts(layer.mlp.experts) for layer in self.layers]
+        self.experts = [LayerExperts(layer.mlp.experts) for layer in layers]
         self.plan: CheckpointPlan | None = None
         self.checkpoint_peak = 0
-        self._needed = needed_fields(self.layers)
+        self._needed = needed_fields(layers)
         self._kept, self._between = StreamCheckpoints(checkpoint_dtype), StreamCheckpoints()
         self._draws = False
         # Copies to a GPU run beside its work from memory that is pinned alone.
@@ -163,9 +166,7 @@ class LayerMajor:
         if self.checkpoint_dtype is not None:
             dtype = min(dtype, self.checkpoint_dtype, key=lambda d: d.itemsize)
         row = sum(micro.rows for micro in micros) * config.hidden_size * dtype.itemsize
-        plan = plan_checkpoints(
-            len(self.layers), row * config.hc_mult, row, self.checkpoint_memory
-        )
+        plan = plan_checkpoints(len(self.layers), row * config.hc_mult, row, self.checkpoint_memory)
         if plan.group > 1 and (self.plan is None or self.plan.group != plan.group):
             logger.info(
                 "stream checkpoints of every %d layers (%s): the experts of %d layers are read a "
@@ -179,21 +180,19 @@ class LayerMajor:
         streams = embeds[:, :, None].expand(-1, -1, self.model.config.hc_mult, -1)
         return Carried(streams, first_pre(streams), Shared())
 
-    def _forward(
-        self, micros: list[_Micro], layers: range, plan: CheckpointPlan | None
-    ) -> None:
+    def _forward(self, micros: list[_Micro], layers: range, plan: CheckpointPlan | None) -> None:
         """Pass all micro-batches through some layers.
 
         With a plan what it says is kept; without one all of these layers' inputs are, and the last
         one's experts, whose outputs nobody wants, are not run.
         """
-        tail = range(0) if plan is None else plan.group_of(plan.starts()[-1])
+        tail = layers if plan is None else plan.group_of(plan.starts()[-1])
         for i in layers:
             # Every row is known: the reads of a late layer hide behind all layers before it.
             self._announce_rows(micros, i, 0)
         for i in layers:
+            whole = i in tail or (plan is not None and plan.group == 1)
             starts = plan is not None and i % plan.group == 0
-            whole = plan is None or i in tail or plan.group == 1
             opened = []
             for m, micro in enumerate(micros):
                 if starts or whole:
@@ -201,29 +200,39 @@ class LayerMajor:
                 opened.append(self._open(micro, i, self._announcer(micros, i, m + 1)))
                 if whole:
                     self._keep_opened(micro, i, opened[-1])
-                for name in ("streams", "beside"):
-                    self._between.put((m, name), getattr(opened[-1], name))
-                    setattr(opened[-1], name, None)
-            if plan is None and i == layers[-1]:
-                return
-            routed = Routed(*(torch.cat(parts) for parts in zip(
-                *((o.x, o.index, o.weights) for o in opened), strict=True)))  # fmt: skip
-            outputs = self.experts[i].forward(routed, lambda: self._foresee(i + 1, len(routed.x)))
-            outputs = outputs.split([len(o.x) for o in opened])
-            for m, (micro, one, out) in enumerate(zip(micros, opened, outputs, strict=True)):
-                for name in ("streams", "beside"):
-                    setattr(one, name, self._between.get((m, name)))
-                    self._between.drop((m, name))
-                streams = close_layer(self.layers[i], one, out)
-                micro.carried = Carried(streams, one.pre, one.shared)
+                self._shelve(m, opened[-1])
+            if plan is not None or i != layers[-1]:
+                self._route(micros, i, opened)
+
+    def _route(self, micros: list[_Micro], i: int, opened: list[Opened]) -> None:
+        """The experts of a layer for all micro-batches, which are behind the layer then."""
+        x, index, weights = (
+            torch.cat([getattr(one, name) for one in opened]) for name in ("x", "index", "weights")
+        )
+        ahead = functools.partial(self._foresee, i + 1, len(x))
+        found = self.experts[i].forward(Routed(x, index, weights), ahead)
+        outputs = found.split([len(one.x) for one in opened])
+        for m, (micro, one, out) in enumerate(zip(micros, opened, outputs, strict=True)):
+            self._unshelve(m, one)
+            micro.carried = Carried(close_layer(self.layers[i], one, out), one.pre, one.shared)
+
+    def _shelve(self, m: int, opened: Opened) -> None:
+        """Put aside what only closes the layer, while the experts have the device's memory."""
+        for name in ("streams", "beside"):
+            self._between.put((m, name), getattr(opened, name))
+            setattr(opened, name, None)
+
+    def _unshelve(self, m: int, opened: Opened) -> None:
+        for name in ("streams", "beside"):
+            setattr(opened, name, self._between.get((m, name)))
+            self._between.drop((m, name))
 
     def _keep(self, micro: _Micro, i: int) -> None:
         """Keep what enters a layer, and go on with what was kept."""
         assert micro.carried is not None
         streams, pre, shared = micro.carried
-        shared = Shared(*(
-            x if needed else None for x, needed in zip(shared, self._needed[i], strict=True)
-        ))  # fmt: skip
+        fields: Any = zip(shared, self._needed[i], strict=True)
+        shared = Shared(*(x if needed else None for x, needed in fields))
         key = (micro.number, i, "streams")
         if key not in self._kept:
             self._kept.put(key, streams)
@@ -257,7 +266,7 @@ class LayerMajor:
 
     def _lose(self, micros: list[_Micro], num_items: float | torch.Tensor | None) -> torch.Tensor:
         """Losses of all micro-batches; leaves the gradients of the last streams and `pre`."""
-        total = torch.zeros((), dtype=torch.float32, device=self.model.device)
+        losses = []
         for micro in micros:
             assert micro.carried is not None
             labels = _labels(micro.batch)
@@ -272,8 +281,8 @@ class LayerMajor:
             loss, gradient = backward_loss(self.model.lm_head, hidden, labels, divisor)
             hidden.backward(gradient)
             micro.streams, micro.pre, micro.carried = streams.grad, pre.grad, None
-            total += loss
-        return total
+            losses.append(loss)
+        return torch.stack(losses).sum()
 
     def _collapse(
         self, streams: torch.Tensor, pre: torch.Tensor, micro: _Micro, columns: int
@@ -374,9 +383,10 @@ class LayerMajor:
 
     def _announce_rows(self, micros: list[_Micro], i: int, m: int) -> None:
         """Start to read a micro-batch's Engram rows of a layer, if its table is on disk."""
-        engram = self.layers[i].engram
+        engram, rows = self.layers[i].engram, micros[m].told.engram_rows
         if engram is not None and getattr(engram.embed, "store", None) is not None:
-            engram.embed.announce(micros[m].told.engram_rows[engram.position])
+            assert rows is not None
+            engram.embed.announce(rows[engram.position])
 
     # --- dropout --------------------------------------------------------------------------------
 

@@ -5,10 +5,10 @@ The residual is N streams, so that one layer's input is N times that of other mo
 token over V4-Flash in bfloat16. It lies in host memory. Over the budget, only every k-th layer's
 input is kept; the backward pass runs each group of k layers once more to have those between.
 
-| kept | layers | per token, in numbers |
-|---|---|---|
-| streams [N, D] that enter a layer | every k-th; inside the group being computed, all | N D |
-| what the routed experts read [D], so that their backward pass comes first | those of the group | D |
+| kept | of which layers |
+|---|---|
+| streams [N, D] that enter a layer | every k-th; inside the group gone through, all |
+| what the routed experts read [D], so that their backward pass comes first | the group's |
 
 A group that is computed again reads the experts of all its layers but the last once more; the last
 group still is in memory when the backward pass begins.
@@ -66,8 +66,16 @@ def plan_checkpoints(
     """
 
     def nbytes(group: int) -> int:
-        inside = group * (stream_bytes + input_bytes)
-        return inside + (-(-layers // group) - 1) * stream_bytes if group > 1 else layers * inside
+        plan = CheckpointPlan(layers, group, 0)
+        # While a group is gone through, the inputs of those before it are kept as well.
+        return (
+            max(
+                before * stream_bytes + len(plan.group_of(start)) * (stream_bytes + input_bytes)
+                for before, start in enumerate(plan.starts())
+            )
+            if group > 1
+            else layers * (stream_bytes + input_bytes)
+        )
 
     plans = [CheckpointPlan(layers, k, nbytes(k)) for k in range(1, layers + 1)]
     for plan in plans:

@@ -25,6 +25,7 @@ from .callbacks import LOG_FILE, EarlyStopping, LogFile, report_callbacks
 from .checkpoints import SafeCheckpoints, restore_adapter, save_adapter
 from .config import RunConfig
 from .data import PackingCollator, PaddingCollator, pad_token
+from .layer_steps import LayerMajorSteps, make_schedule
 from .losses import held_out_loss, sum_loss
 from .optimizers import make_optimizer, make_rules
 from .pace import MeasuredTrainer
@@ -80,7 +81,7 @@ class RunTrainer(SafeCheckpoints, MeasuredTrainer):
         return float(self.training_step(self.model, dict(batch)))
 
 
-class AdapterTrainer(RunTrainer):
+class AdapterTrainer(LayerMajorSteps, RunTrainer):
     """A held-out loss that counts tokens, not rows or batches."""
 
     def evaluate(
@@ -145,6 +146,7 @@ def make_trainer(
     trainer.config = config
     trainer.keeps_best = evaluates and config.keep_best
     trainer.add_callback(LogFile(Path(config.output, LOG_FILE)))
+    trainer.layer_major = make_schedule(model, config, trainer.args.world_size)
     # It prints to standard output, which belongs to the caller.
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -53,6 +53,10 @@ def train(
             help="Learn one batch by heart first; by default before long runs.",
         ),
     ] = None,
+    layer_schedule: Annotated[
+        str | None,
+        typer.Option(help="ordinary, or layer-major: read experts once a direction and step."),
+    ] = None,
     config: Annotated[
         list[Path] | None,
         typer.Option(help="YAML with these and more settings; later files win, options over all."),

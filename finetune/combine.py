@@ -168,8 +168,10 @@ def _weighted(
     found: list[list[tuple[Pair, float]]] = [[] for _ in _pairs(layer, own[0][0])]
     for adapter, weight in own:
         for sums, (a, b) in zip(found, _pairs(layer, adapter), strict=True):
-            a, b = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
-            pair = (a, b) if a.dim() == 3 else (a[None], b[None])
+            wide = torch.promote_types(a.dtype, torch.float32)
+            pair = a.detach().to(wide), b.detach().to(wide)
+            if a.dim() == 2:
+                pair = pair[0][None], pair[1][None]
             sums.append((pair, weight * layer.scaling[adapter]))
     return found
 

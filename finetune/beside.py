@@ -27,6 +27,8 @@ else:
     Layer = nn.Module
 
 PLAIN = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# PEFT's word for rows of a batch that no adapter touches.
+BASE = "__base__"
 
 
 class Bank(nn.Module):
@@ -135,6 +137,35 @@ class BesideLora(Layer, LoraLayer):
                 self.unmerge()
             return []
         return [] if self.merged else [name for name in self.active_adapters if name in self.lora_A]
+
+    def _who_acts(
+        self, x: torch.Tensor, adapter_names: list[str] | None
+    ) -> dict[str, torch.Tensor | None]:
+        """Adapters that act, and on which rows [len(x)] bool; None: on all.
+
+        `adapter_names` gives each row of a batch its adapter; a row is len(x) / rows places of x,
+        together.
+        """
+        if adapter_names is None or self.disable_adapters:
+            return dict.fromkeys(self._active())
+        if self.merged:
+            raise ValueError(
+                "adapter_names: wanted adapters beside the weights, got merged ones "
+                f"({', '.join(self.merged_adapters)}); call unmerge_adapter first"
+            )
+        if not adapter_names or len(x) % len(adapter_names):
+            raise ValueError(
+                f"adapter_names: wanted one name for each row of the batch, got "
+                f"{len(adapter_names)} names for {len(x)} rows or tokens"
+            )
+        each = len(x) // len(adapter_names)
+        found: dict[str, torch.Tensor | None] = {}
+        # In the order in which they first appear.
+        for name in dict.fromkeys(adapter_names):
+            if name != BASE and name in self.lora_A:
+                mask = torch.tensor([n == name for n in adapter_names], device=x.device)
+                found[name] = mask.repeat_interleave(each)
+        return found
 
     def base_weights(self) -> list[nn.Parameter]:
         """The base's matrices, one row of banks each.

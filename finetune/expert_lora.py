@@ -32,9 +32,6 @@ from .beside import Bank, Banks, BesideLora, plain_weight, reset_pair
 from .expert_rows import Branch, Pass, make_branch
 from .frozen import GroupedExperts, freeze
 
-# PEFT's word for rows of a batch that no adapter touches.
-BASE = "__base__"
-
 
 class LoraExperts(BesideLora):
     """Routed experts, whatever holds them, with low ranks beside them.
@@ -90,7 +87,7 @@ class LoraExperts(BesideLora):
         `adapter_names` gives each row of a batch its adapter; a row has n / rows tokens, together.
         """
         base: ExpertsBase = self.base_layer
-        seen = self._who_sees(hidden_states, adapter_names)
+        seen = self._who_acts(hidden_states, adapter_names)
         if not seen:
             return base(hidden_states, top_k_index, top_k_weights)
         if isinstance(base, StoredExperts):
@@ -112,31 +109,6 @@ class LoraExperts(BesideLora):
         return self._by_autograd(
             hidden_states, top_k_weights, rows, dict(zip(seen, branches, strict=True)), by_kernels
         )
-
-    def _who_sees(
-        self, x: torch.Tensor, adapter_names: list[str] | None
-    ) -> dict[str, torch.Tensor | None]:
-        """Adapters that act, and which tokens [n] each sees; None: all."""
-        if adapter_names is None or self.disable_adapters:
-            return dict.fromkeys(self._active())
-        if self.merged:
-            raise ValueError(
-                "adapter_names: wanted adapters beside the weights, got merged ones "
-                f"({', '.join(self.merged_adapters)}); call unmerge_adapter first"
-            )
-        if not adapter_names or len(x) % len(adapter_names):
-            raise ValueError(
-                f"adapter_names: wanted one name for each row of the batch, got "
-                f"{len(adapter_names)} names for {len(x)} tokens"
-            )
-        each = len(x) // len(adapter_names)
-        found: dict[str, torch.Tensor | None] = {}
-        # In the order in which they first appear.
-        for name in dict.fromkeys(adapter_names):
-            if name != BASE and name in self.lora_A:
-                mask = torch.tensor([n == name for n in adapter_names], device=x.device)
-                found[name] = mask.repeat_interleave(each)
-        return found
 
     def expect(self, top_k_index: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """Pass on what the router has chosen."""

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
+from modeling_dsv4 import ops
 from modeling_dsv4.moe import ExpertsBase
 from modeling_dsv4.storage import GroupedLinear
 
@@ -57,17 +58,20 @@ class LoraGroupedLinear(BesideLora):
 
     def forward(self, x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
         """[..., G, in] -> [..., G, O]; `adapter_names` gives each row of a batch its adapter."""
-        self._check_forward_args(x, adapter_names=adapter_names)
-        if adapter_names is not None and not self.disable_adapters:
-            return self._mixed_batch_forward(x, adapter_names=adapter_names)
+        if adapter_names is not None:
+            self._check_forward_args(x, adapter_names=adapter_names)
         # Asked first: it may take merged deltas out of the base.
-        active = self._active()
+        acting = self._who_acts(x, adapter_names)
         result = self.base_layer(x)
-        for name in active:
+        total = ops.fp32(result)
+        for name, rows in acting.items():
             a, b = self.lora_A[name], self.lora_B[name]
-            low = a(self.lora_dropout[name](x.to(a.weight.dtype)))
-            result = (result + b(low) * self.scaling[name]).to(result.dtype)
-        return result
+            mine = x if rows is None else x[rows]
+            low = a(self.lora_dropout[name](mine.to(a.weight.dtype)))
+            delta = b(low) * self.scaling[name]
+            total = total + delta if rows is None else total.index_put((rows,), delta, True)
+        # Rounded once, however many adapters there are.
+        return total.to(result.dtype)
 
 
 class LoraPackedLinear(PeftLinear):

@@ -19,6 +19,7 @@ from torch import nn
 
 from modeling_dsv4.moe import ExpertsBase
 
+from .combine import add_weighted_adapter
 from .hot_layers import LoraSomeExperts
 from .identity import base_identity, is_ours
 from .layers import LAYER_KINDS, BesideLora, LoraPackedLinear, is_packed_linear
@@ -70,6 +71,11 @@ class Dsv4LoraModel(LoraModel):
             setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        if is_ours(self.model):
+            return add_weighted_adapter(self, *args, **kwargs)
+        return super().add_weighted_adapter(*args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -372,7 +372,7 @@ def test_rows_of_a_batch_have_their_own_adapters(make: Make, store: str) -> None
 @torch.no_grad()
 def test_names_that_do_not_divide_the_tokens_are_refused(make: Make) -> None:
     layer, batch = _adapt(make("plain")).eval(), _batch(9)
-    with pytest.raises(ValueError, match="got 2 names for 9 tokens"):
+    with pytest.raises(ValueError, match="got 2 names for 9"):
         layer(*batch, adapter_names=["default", "__base__"])
     layer.merge()
     with pytest.raises(ValueError, match="got merged ones"):

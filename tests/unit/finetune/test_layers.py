@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters of grouped projections and of packed linear maps against their whole matrices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from finetune.layers import LoraGroupedLinear, LoraPackedLinear
+from modeling_dsv4.storage import Fp8GroupedLinear, Fp8Linear, GroupedLinear
+
+G, IN, OUT = 3, 64, 96
+Make = Callable[..., Any]
+SHARES = [5e-4, 1e-3, 1e-2, 3e-2]
+
+
+def _grouped(packed: bool, dtype: torch.dtype = torch.float32) -> Any:
+    base = GroupedLinear(IN, OUT, G)
+    nn.init.normal_(base.weight, std=IN**-0.5)
+    base = Fp8GroupedLinear.from_plain(base, 32) if packed else base.to(dtype)
+    layer = LoraGroupedLinear(base.requires_grad_(False), "default", LoraConfig(r=5), r=5)
+    layer.update_layer("second", 3, 2.0, LoraConfig(r=3))
+    return _stirred(layer)
+
+
+def _linear(packed: bool, dtype: torch.dtype = torch.float32) -> Any:
+    base: nn.Module = nn.Linear(IN, OUT, bias=False)
+    base = Fp8Linear.from_plain(base, 32) if packed else base.to(dtype)
+    layer = LoraPackedLinear(base.requires_grad_(False), "default", LoraConfig(r=5), r=5)
+    layer.update_layer("second", 3, 2.0, LoraConfig(r=3))
+    return _stirred(layer)
+
+
+def _stirred(layer: nn.Module) -> Any:
+    for name, parameter in layer.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def _whole(layer: Any, *names: str) -> torch.Tensor:
+    """W + the named adapters' s B A in float64, [n, out, in]."""
+    base = layer.get_base_layer()
+    weight = base.dequantized(torch.float64) if hasattr(base, "dequantized") else base.weight
+    weight = weight.detach().double().view(-1, base.out_features // getattr(base, "groups", 1), IN)
+    for name in names:
+        a, b = (bank[name].weight.double() for bank in (layer.lora_A, layer.lora_B))
+        weight = weight + layer.scaling[name] * (b @ a)
+    return weight
+
+
+def _apply(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    y = torch.einsum("...gi,goi->...go", x.double().view(*x.shape[:2], -1, IN), weight)
+    return y if len(weight) > 1 else y[..., 0, :]
+
+
+def _rows(
+    layer: nn.Module, b: int = 4, s: int = 7, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    groups = (G,) if isinstance(layer, LoraGroupedLinear) else ()
+    return torch.randn(b, s, *groups, IN).to(dtype)
+
+
+MAKERS = [_grouped, _linear]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("make", MAKERS)
+def test_output_and_gradients_are_those_of_the_whole_matrix(make: Make, packed: bool) -> None:
+    layer = make(packed)
+    x = _rows(layer).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    assert not x.is_contiguous()
+    leaves = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    y = layer(x)
+    truth = _apply(_whole(layer, "default"), x)
+    torch.testing.assert_close(y.double(), truth, atol=1e-5, rtol=1e-5)
+    direction = torch.randn_like(y)
+    found = torch.autograd.grad(y, leaves, direction)
+    wanted = torch.autograd.grad(truth, leaves, direction.double())
+    for got, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("make", MAKERS)
+@torch.no_grad()
+def test_adapters_are_mixed_added_and_switched_off(make: Make, packed: bool) -> None:
+    layer = make(packed).eval()
+    x = _rows(layer)
+    names = ["second", "__base__", "default", "second"]
+    mixed = layer(x, adapter_names=names)
+    for i, name in enumerate(names):
+        whole = _whole(layer, *([] if name == "__base__" else [name]))
+        expected = _apply(whole, x[i : i + 1])[0]
+        torch.testing.assert_close(mixed[i].double(), expected, atol=1e-5, rtol=1e-5)
+    layer.set_adapter(["default", "second"])
+    both = _apply(_whole(layer, "default", "second"), x)
+    torch.testing.assert_close(layer(x).double(), both, atol=1e-5, rtol=1e-5)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.get_base_layer()(x))
+    assert torch.equal(layer(x, adapter_names=names), layer.get_base_layer()(x))
+    with pytest.raises(ValueError, match="same as the number of inputs"):
+        layer(x, adapter_names=["default"])
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("make", MAKERS)
+@torch.no_grad()
+def test_an_update_of_any_size_arrives(make: Make, share: float) -> None:
+    layer = make(True)
+    delta = _whole(layer, "default") - _whole(layer)
+    layer.lora_B["default"].weight.mul_(share * _whole(layer).norm() / delta.norm())
+    x = _rows(layer, 8, 40)
+    exact = _apply(_whole(layer, "default"), x) - _apply(_whole(layer), x)
+    found = layer(x).double() - layer.get_base_layer()(x)
+    assert float((found - exact).norm() / exact.norm()) < 5e-3
+
+
+@torch.no_grad()
+def test_several_adapters_are_rounded_once() -> None:
+    layer = _grouped(False, torch.bfloat16)
+    layer.set_adapter(["default", "second"])
+    x = _rows(layer, dtype=torch.bfloat16)
+    whole = sum(
+        torch.einsum("...gi,goi->...go", x.float(), (layer.scaling[n] * b.weight @ a.weight))
+        for n in ("default", "second")
+        for a, b in [(layer.lora_A[n], layer.lora_B[n])]
+    )
+    expected = (layer.get_base_layer()(x).float() + whole).bfloat16()
+    differing = (layer(x) != expected).float().mean()
+    # The sums' own order may move a number across the middle between two, rarely.
+    assert float(differing) < 0.01

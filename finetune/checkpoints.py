@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerState
 
+from .full import restore_weights
 from .interruption import Interrupted, StopSignal
 from .state_files import load_state, random_state, restore_random_state, save_state
 
@@ -36,20 +37,26 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _BESIDE = re.compile(r"\.checkpoint-\d+\.(?:new|old)|\.staged-.*|\..*\.tmp")
 
 
-def save_adapter(model: PeftModel, directory: str | Path, state_dict: dict | None = None) -> None:
-    """Save adapters in PEFT's layout, without asking the Hub whether the vocabulary has grown.
+def save_adapter(model: Any, directory: str | Path, state_dict: dict | None = None) -> None:
+    """Save what trains: adapters in PEFT's layout, or all of a model without adapters.
+
+    PEFT is not asked to look on the Hub whether the vocabulary has grown.
 
     Raises:
         OSError: they could not be written.
     """
+    more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     try:
-        model.save_pretrained(str(directory), state_dict=state_dict, save_embedding_layers=False)
+        model.save_pretrained(str(directory), state_dict=state_dict, **more)
     except SafetensorError as error:
         raise OSError(f"{directory}: could not write the adapter ({error})") from error
 
 
-def restore_adapter(model: PeftModel, directory: str | Path) -> None:
-    """Put the values that `save_adapter` wrote into the adapters that `model` has."""
+def restore_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Put the values that `save_adapter` wrote into what trains of `model`."""
+    if not isinstance(model, PeftModel):
+        restore_weights(model, directory)
+        return
     tensors = load_peft_weights(str(directory), device="cpu")
     set_peft_model_state_dict(model, tensors)
 

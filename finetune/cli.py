@@ -14,6 +14,7 @@ from rich.console import Console
 
 from .commands.check import check
 from .commands.evaluate import evaluate
+from .commands.inspect import inspect
 from .commands.lr_find import lr_find
 from .commands.merge import merge
 from .commands.plan import plan
@@ -39,6 +40,7 @@ app.command(
     "eval", epilog="Example: dsv4-finetune eval --model nano --adapter out --data my.jsonl"
 )(evaluate)
 app.command(epilog="Example: dsv4-finetune merge --model nano --adapter out --output merged")(merge)
+app.command(epilog="Example: dsv4-finetune inspect out --json")(inspect)
 
 
 def run(call: Callable[[], None]) -> int:

@@ -12,11 +12,12 @@ import yaml
 from quantize.sizes import parse_size
 
 from .files import write_text
-from .targets import DEFAULT_PRESET, preset_patterns
+from .targets import DEFAULT_PRESET, EXPERTS, get_preset
 
 LossOn = Literal["answers", "all"]
 Schedule = Literal["cosine", "constant", "linear"]
 DType = Literal["auto", "float32", "bfloat16"]
+HotScore = Literal["token", "gate"]
 Gate = Literal["auto", "on", "off"]
 LayerSchedule = Literal["ordinary", "layer-major"]
 Objective = Literal["sft", "dpo", "kto", "orpo"]
@@ -60,9 +61,11 @@ _CHOICES = {
     "dtype": DType,
     "overfit_gate": Gate,
     "layer_schedule": LayerSchedule,
+    "hot_score": HotScore,
 }
 _COUNTS = (
     "rank",
+    "hot_tokens",
     "max_length",
     "batch_size",
     "accumulation",
@@ -86,6 +89,11 @@ class RunConfig:
         alpha: LoRA alpha; None makes the scale 2.
         expert_rank: r of one routed expert; None is `max(2, round(rank / active experts))`.
         dropout: on the input of linear adapters, never of experts.
+        hot_share: share of the routing that the experts with adapters cover, with presets on
+            routed experts; None is all experts, and 0.5 with "hot-experts".
+        hot_score: what is counted, "token" or "gate"; see `finetune.hot_experts`.
+        hot_tokens: how many tokens of the data are counted at most.
+        train_indexer: train the indexer too, by its own loss; see `finetune.indexer_training`.
         max_length: tokens per example.
         long: what becomes of longer ones: cut, split into several, or bad records.
         packing: several documents per row, each as if it were alone.
@@ -134,6 +142,10 @@ class RunConfig:
     alpha: float | None = None
     expert_rank: int | None = None
     dropout: float = 0.0
+    hot_share: float | None = None
+    hot_score: HotScore = "token"
+    hot_tokens: int = 1 << 17
+    train_indexer: bool = False
     max_length: int = 2048
     packing: bool = False
     long: Long = "cut"
@@ -175,7 +187,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), field.type)
-        preset_patterns(self.preset)
+        _check_preset(self)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(
@@ -316,6 +328,20 @@ def _check_ratios(ratios: dict[str, float]) -> None:
             ) from error
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
             raise ValueError(f"lr_ratios: wanted numbers above 0, got {ratio!r} for {pattern}")
+
+
+def _check_preset(run: RunConfig) -> None:
+    """What a preset is asked for must be in it."""
+    preset = get_preset(run.preset)
+    if run.objective != "sft" and (preset.weights or run.train_indexer):
+        what = "preset 'full'" if preset.weights else "train_indexer"
+        raise ValueError(f"{what}: wanted objective sft, got {run.objective}")
+    if run.hot_share is None:
+        return
+    if EXPERTS not in preset.patterns:
+        raise ValueError(f"hot_share: preset {run.preset!r} has no adapters on routed experts")
+    if not 0 < run.hot_share <= 1:
+        raise ValueError(f"hot_share: wanted more than 0 and at most 1, got {run.hot_share}")
 
 
 def _check_range(name: str, value: float, *, low: float, below: float | None = None) -> None:

@@ -16,7 +16,13 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -66,6 +72,29 @@ def train_weights(model: PreTrainedModel, also: Sequence[str] = ()) -> dict[str,
         count["tensors"] += trains
         count["parameters"] += trains * parameter.numel()
     return count
+
+
+def as_base(model: nn.Module) -> AbstractContextManager[Any]:
+    """Inside the block adapters are off; a model without any is its own base."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+
+
+def restore_weights(model: nn.Module, directory: str | Path) -> None:
+    """Put the weights that train back to what `save_pretrained` wrote.
+
+    Raises:
+        ValueError: one of them is not there.
+    """
+    stored: dict[str, torch.Tensor] = {}
+    for file in sorted(Path(directory).glob("model*.safetensors")):
+        stored |= load_file(file)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        tensor = stored.get(name)
+        if tensor is None or tensor.shape != parameter.shape:
+            raise ValueError(f"{directory}: wanted {name} {list(parameter.shape)}, found none such")
+        parameter.data.copy_(tensor)
 
 
 def _refuse_packed(model: nn.Module, left_out: re.Pattern[str]) -> None:

@@ -18,7 +18,7 @@ seen few of the updates anyway: less than (1 - share) of them go to all of those
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from peft import LoraConfig
@@ -34,6 +34,14 @@ DEFAULT_SHARE = 0.5
 DEFAULT_TOKENS = 1 << 17
 # Where adapter_config.json keeps the choice: beside the base's identity, which PEFT stores unread.
 HOT_KEY = "hot_experts"
+
+
+class Rows(Protocol):
+    """A run's examples, such as `data.Examples`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Sequence[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -228,7 +236,7 @@ def choose_hot_experts(
 
 def find_hot_experts(
     model: nn.Module,
-    rows: Sequence[Mapping[str, Sequence[int]]],
+    rows: Rows,
     *,
     share: float = DEFAULT_SHARE,
     score: Score = "token",

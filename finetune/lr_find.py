@@ -150,7 +150,7 @@ def find_rate(
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer)
     torch.manual_seed(config.seed)
-    model = build_model(config)
+    model = build_model(config, data.train)
     check_vocabulary(data, model.config.vocab_size)
     trainer = make_trainer(model, config, data, tokenizer)
     rules = make_rules(config.lr_ratios, config.lora_plus_ratio)

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from modeling_dsv4 import Dsv4Config
 
-from .adapters import attach_adapters, count_adapters
+from .adapters import count_adapters
 from .arguments import steps_per_epoch
 from .callbacks import split_reporters
 from .checkpoints import is_leftover, last_checkpoint, save_adapter, sweep
 from .config import RUN_FILE, RunConfig
 from .files import staged, write_json
+from .full import as_base
+from .hot_experts import Rows
 from .interruption import Interrupted, StopSignal, stop_signals
 from .loading import load_model, load_tokenizer
 from .losses import held_out_loss
@@ -32,6 +34,8 @@ from .optimizers import optimizer_class
 from .overfit_gate import run_gate
 from .preference import held_out_margin
 from .prepare import Prepared, check_fingerprint, check_vocabulary, fingerprint, prepare_data
+from .preset_runs import prepare_model, run_callbacks
+from .targets import get_preset
 from .trainer import RunTrainer, make_trainer
 
 RESULT_FILE = "result.json"
@@ -108,14 +112,15 @@ def _train(
     if resume and (output / DATA_FILE).is_file():
         check_fingerprint(prints, json.loads((output / DATA_FILE).read_text(encoding="utf-8")))
     torch.manual_seed(config.seed)
-    model = build_model(config)
+    model = build_model(config, data.train)
+    callbacks = [*run_callbacks(model, config), *callbacks]
     write_json(output / DATA_FILE, prints)
     config.save(output / RUN_FILE)
     sweep(output)
     trainer = make_trainer(model, config, data, tokenizer, callbacks)
     trainer.stop = stop
     gate = None if checkpoint else _try_one_batch(trainer, config, data)
-    with model.disable_adapter():
+    with as_base(model):
         before = _held_out(model, config, data, tokenizer)
     start = time.perf_counter()
     with stop.patient():
@@ -125,6 +130,8 @@ def _train(
     result = _measure(trainer, config, data, tokenizer, before, time.perf_counter() - start, gate)
     with staged(output) as folder:
         save_adapter(model, folder)
+        if get_preset(config.preset).weights:
+            tokenizer.save_pretrained(str(folder))
         write_json(folder / RESULT_FILE, result.to_dict())
     return result
 
@@ -158,7 +165,7 @@ def _measure(
 
 
 def _held_out(
-    model: PeftModel, config: RunConfig, data: Prepared, tokenizer: PreTrainedTokenizerBase
+    model: nn.Module, config: RunConfig, data: Prepared, tokenizer: PreTrainedTokenizerBase
 ) -> float | None:
     """The loss, or the margin, on what is held out."""
     if data.held_out is None:
@@ -180,21 +187,18 @@ def _try_one_batch(
     return run_gate(trainer, batch, config.learning_rate).to_dict()
 
 
-def build_model(config: RunConfig) -> PeftModel:
-    """The base model of a run with its fresh adapters; torch's seed decides their values."""
-    return attach_adapters(
-        load_model(
-            config.model,
-            dtype=config.dtype,
-            expert_memory=config.expert_memory,
-            engram_memory=config.engram_memory,
-        ),
-        config.preset,
-        config.rank,
-        config.alpha,
-        expert_rank=config.expert_rank,
-        dropout=config.dropout,
+def build_model(config: RunConfig, rows: Rows = ()) -> nn.Module:
+    """The base model of a run with what trains of it; torch's seed decides fresh values.
+
+    `rows`: its training examples, for presets that look at them.
+    """
+    base = load_model(
+        config.model,
+        dtype=config.dtype,
+        expert_memory=config.expert_memory,
+        engram_memory=config.engram_memory,
     )
+    return prepare_model(base, config, rows)
 
 
 def _open_output(config: RunConfig, resume: bool) -> Path | None:

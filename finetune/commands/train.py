@@ -21,9 +21,17 @@ def train(
         str | None, typer.Option(help="sft (default), or preferences: dpo, kto, orpo.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="attention, attention+shared or all (default).")
+        str | None,
+        typer.Option(help="attention, attention+shared, all (default), hot-experts or full."),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of attention and shared experts.")] = None,
+    hot_share: Annotated[
+        float | None, typer.Option(help="Routing that experts with adapters cover, 0.5.")
+    ] = None,
+    hot_score: Annotated[str | None, typer.Option(help="What is counted: token or gate.")] = None,
+    train_indexer: Annotated[
+        bool | None, typer.Option("--train-indexer", help="Train the indexer by its own loss.")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per forward pass.")] = None,
@@ -75,12 +83,14 @@ def train(
     if overfit_gate is not None:
         given["overfit_gate"] = "on" if overfit_gate else "off"
     settings = run_config(given, config or [], resume)
+    from ..preset_runs import ShowHotExperts
     from ..running import train as run_training
 
     out = Output(as_json, quiet)
+    shows = ShowHotExperts(out.console())
     try:
         with show_progress(out.console()) as callback:
-            result = run_training(settings, resume=resume, callbacks=[callback])
+            result = run_training(settings, resume=resume, callbacks=[callback, shows])
     except Interrupted as cut:
         typer.echo(stop_line(cut, settings.output), err=True)
         raise typer.Exit(cut.exit_code) from None

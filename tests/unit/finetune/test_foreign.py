@@ -106,7 +106,7 @@ def test_the_fused_layout_of_peft_0_18_is_told_by_its_shapes(
             ("", "down_proj", d, f),
         ):
             a, b = torch.randn(e * r, size_in) / 10, torch.randn(size_out, r * e) / 10
-            delta = torch.einsum("ore,eri->eio", b.view(-1, r, e), a.view(e, r, -1))
+            delta = torch.einsum("oke,eki->eio", b.view(-1, r, e), a.view(e, r, -1))
             getattr(layer.mlp.experts, name).data += 2 * delta
             prefix = f"base_model.model.model.layers.{i}.mlp.experts{level}"
             tensors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}

@@ -6,7 +6,8 @@ lock and the block that gives it back. Here a Ctrl-C that comes while the lock i
 is taken and given back, is raised behind that. Waiting is never under the lock.
 """
 
-import signal
+# Not the module around it, which makes enumerations of every number: a lock is taken often.
+import _signal as signal  # type: ignore[import-not-found]
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -69,7 +70,7 @@ class Guard:
 
 def _defer() -> _Deferred | None:
     """Note Ctrl-C from now on; None where it raises nothing here, or is noted already."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.get_ident() != threading.main_thread().ident:
         return None
     before = signal.getsignal(signal.SIGINT)
     if isinstance(before, _Deferred) or not callable(before):

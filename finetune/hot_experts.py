@@ -258,14 +258,18 @@ def find_hot_experts(
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     device = next(model.parameters()).device
     batches = (
-        {
-            key: torch.tensor([list(values)], device=device)
-            for key, values in rows[i].items()
-            if key in ("input_ids", "position_ids")
-        }
+        {key: torch.tensor([ids], device=device) for key, ids in _inputs(rows[i]).items()}
         for i in order
     )
     return choose_hot_experts(measure_routing(model, batches, tokens, progress), share, score)
+
+
+def _inputs(row: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """What a model reads of a row; of preferences, the prompt with the wanted answer."""
+    if "prompt_ids" in row:
+        answer = row["chosen_ids"] if "chosen_ids" in row else row["completion_ids"]
+        return {"input_ids": [*row["prompt_ids"], *answer]}
+    return {key: list(row[key]) for key in ("input_ids", "position_ids") if key in row}
 
 
 def check_hot(hot: HotExperts, model: nn.Module) -> None:

@@ -257,9 +257,8 @@ class _Lesson:
         read = attention._read(part, self.k, 0, self.entries, self.ids, self.segments)
         if read.entries is None or read.entries_keep is None:
             return None, NOTHING
+        # Behind the end of a shorter row stand tokens that are none: they see nothing.
         some = read.entries_keep.sum(-1) >= 2
-        # Behind the end of a shorter row stand tokens that are none.
-        some &= self.segments.valid[:, part]
         if not bool(some.any()):
             return None, NOTHING
         with torch.no_grad():

@@ -110,6 +110,12 @@ def test_a_runs_rows_are_read_in_the_seeds_order(make_model: MakeModel) -> None:
     assert hot == find_hot_experts(model, rows, share=0.6, score="gate", tokens=60, seed=3)
     assert all(value >= 0.6 for value in hot.mass.values())
     assert HotExperts(**hot.to_dict()) == hot
+    # Of preferences, the prompt with the wanted answer is read.
+    pairs = [
+        {"prompt_ids": r["input_ids"][:9], "chosen_ids": r["input_ids"][9:], "rejected_ids": [7]}
+        for r in rows
+    ]
+    assert find_hot_experts(model, pairs, share=0.6, score="gate", tokens=60, seed=3) == hot
     console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(hot_table(hot, 1000))
     text = console.export_text()

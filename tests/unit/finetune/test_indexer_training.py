@@ -195,15 +195,16 @@ def test_padded_and_packed_rows_teach_as_documents_do_alone(
             torch.testing.assert_close(grads[name], wanted, atol=2e-6, rtol=2e-3, msg=name)
 
 
-def test_checkpointing_gives_equal_gradients(tiny: Tiny) -> None:
+def test_checkpointing_gives_equal_gradients_and_counts_once(tiny: Tiny) -> None:
     ids, found = _ids(2, 40), []
     for checkpointing in (False, True):
         model = _attach(tiny("v41"))
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        found.append(_run(model, ids)[0])
-    for name, grad in found[0].items():
-        torch.testing.assert_close(found[1][name], grad, atol=1e-6, rtol=1e-4, msg=name)
+        found.append(_run(model, ids))
+    for name, grad in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], grad, atol=1e-6, rtol=1e-4, msg=name)
+    assert found[0][1]._total.queries == found[1][1]._total.queries > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

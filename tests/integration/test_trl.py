@@ -109,7 +109,7 @@ def _count_years(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(text.split().count("years")) for text in completions]
 
 
-@pytest.mark.parametrize("kind", ["v4", "v41"])
+@pytest.mark.parametrize("kind", ["v4", pytest.param("v41", marks=pytest.mark.slow)])
 def test_rewarded_words_become_more_frequent(
     tiny: Callable[..., Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: str
 ) -> None:

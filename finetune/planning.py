@@ -263,13 +263,16 @@ def _plan(model: _Model, machine: Machine, settings: Settings, flops: int) -> Tr
 
 def _shortfall(sizes: ModelSizes, machine: Machine, host: dict[str, int], beside: int) -> str:
     """Which memory is too small for what has to be there."""
+    spare = f"beside up to {format_size(machine.workspace)} for what else runs"
+    if machine.cards:
+        # As the placement leaves it.
+        free = sum(card - min(machine.workspace, card // 8) for card in machine.cards)
+        if beside > free:
+            have = format_size(sum(machine.cards))
+            return f"wanted {format_size(beside)} of VRAM {spare}, got {have}"
     wanted = sum(host.values()) + sizes.embedding + sizes.expert
-    if machine.cards and beside > sum(card * 7 // 8 for card in machine.cards):
-        return (
-            f"wanted more than {format_size(beside)} of VRAM, got {format_size(sum(machine.cards))}"
-        )
     wanted += 0 if machine.cards else beside
-    return f"wanted more than {format_size(wanted)} of RAM, got {format_size(machine.ram)}"
+    return f"wanted {format_size(wanted)} of RAM {spare}, got {format_size(machine.ram)}"
 
 
 def _device_parts(

@@ -198,8 +198,8 @@ def test_narrow_checkpoints_are_what_the_pass_goes_on_with(tiny: Tiny) -> None:
     loss, _ = _ordinary(model, batches, _count(batches))
     schedule = LayerMajor(model, checkpoint_dtype=torch.bfloat16)
     found = schedule.step(batches, _count(batches)).item()
-    assert found != loss
-    assert found == pytest.approx(loss, rel=0.02)
+    # By more than additions in another order would.
+    assert 1e-5 < abs(found - loss) / loss < 0.02
     whole, want = schedule.checkpoint_peak, _gradients(model)
     # Groups computed again see the same rounded streams only if the forward pass did.
     schedule = LayerMajor(model, whole * 3 // 4, torch.bfloat16)
@@ -269,7 +269,8 @@ def test_each_expert_is_read_once_a_direction(
     assert all(1 <= share <= 2 for share in reads)
     if records < 4:
         assert min(reads) > 2 - 2 * records / len(schedule.experts)
-    assert not any(slot.pins for slot in store._slots.values())
+    # What was lent has come back: the modules read by themselves again.
+    assert all(experts.base.store is store for experts in schedule.experts)
 
 
 def test_ordinary_order_reads_more_with_every_micro_batch(tiny: Tiny, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from finetune import attach_adapters
 from finetune.config import RunConfig
 from finetune.data import Examples, encode_records
+from finetune.layer_major import LayerMajor
 from finetune.layer_steps import make_schedule
 from finetune.records import Record
 from finetune.trainer import AdapterTrainer, Prepared, make_trainer
@@ -46,9 +47,19 @@ def _run(
 
 @pytest.mark.parametrize("kind", ["v4", "v4.1"])
 def test_losses_and_adapters_are_those_of_the_ordinary_order(
-    make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: str
+    make_model: MakeModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
 ) -> None:
-    runs = {}
+    runs, together, step = {}, [], LayerMajor.step
+
+    def watched(self: LayerMajor, batches: list[Any], *items: Any) -> torch.Tensor:
+        together.append(len(batches))
+        return step(self, batches, *items)
+
+    monkeypatch.setattr(LayerMajor, "step", watched)
     for schedule in ("ordinary", "layer-major"):
         # Nine rows in twos: the last step of an epoch has two micro-batches, the last of one row.
         config = _config(tmp_path, layer_schedule=schedule)
@@ -56,6 +67,7 @@ def test_losses_and_adapters_are_those_of_the_ordinary_order(
     (want, wanted), (got, found) = runs.values()
     assert got.layer_major is not None
     assert want.layer_major is None
+    assert together == [3, 2, 3, 2]
     assert got.state.global_step == want.state.global_step == 4
     for key in ("loss", "grad_norm"):
         values = [[e[key] for e in t.state.log_history if key in e] for t in (want, got)]

@@ -120,7 +120,7 @@ def test_what_does_not_fit_names_settings_that_do() -> None:
     machine = Machine(64 * GB, 16 * GB)
     plan = plan_training(config, recipe, machine, Settings())
     assert plan.problem is not None
-    assert "of VRAM, got 16 GB" in plan.problem
+    assert "of VRAM beside up to 4 GB for what else runs, got 16 GB" in plan.problem
     assert plan.nearest
     for way in plan.nearest:
         option, value = way.split()

@@ -170,8 +170,8 @@ def test_memory_is_written_beside_tables_on_disk(
     data = "\0".join(pair["prompt"] + pair["completion"] for pair in pairs)
     assert all(gram["text"] in data for gram in told["ngrams"])
     assert all(gram["in_background"] < gram["in_corpus"] for gram in told["ngrams"])
-    # Other words, so that no n-gram is written.
-    ids = torch.tensor([tokenizer("zxq 7#kj vw%b QQJ xk2 zv!j bbx KZ wq")["input_ids"]])
+    # Other letters, so that no n-gram is written.
+    ids = torch.tensor([tokenizer("ΩΨΔλμπЖЩЮ∑∏√ΩλЩ√")["input_ids"]])
     own = torch.tensor([tokenizer(pairs[0]["completion"])["input_ids"]])
     tuned = PeftModel.from_pretrained(_load(base, engram_memory=SMALL), output)
     resident = PeftModel.from_pretrained(_load(base), output)

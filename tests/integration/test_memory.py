@@ -171,7 +171,7 @@ def test_memory_is_written_beside_tables_on_disk(
     assert all(gram["text"] in data for gram in told["ngrams"])
     assert all(gram["in_background"] < gram["in_corpus"] for gram in told["ngrams"])
     # Other letters, so that no n-gram is written.
-    ids = torch.tensor([tokenizer("ΩΨΔλμπЖЩЮ∑∏√ΩλЩ√")["input_ids"]])
+    ids = torch.tensor([tokenizer("見覚言謝谷豊赤起足身車辛")["input_ids"]])
     own = torch.tensor([tokenizer(pairs[0]["completion"])["input_ids"]])
     tuned = PeftModel.from_pretrained(_load(base, engram_memory=SMALL), output)
     resident = PeftModel.from_pretrained(_load(base), output)

@@ -13,7 +13,8 @@ in the background. Touched: held-out tokens that end a written n-gram. Kept: hel
 tokens that come out bit for bit as before.
 
 Each method is run at some learning rates, and the one with the best recall is shown, of equal ones
-the one that forgets least. The program fails if untouched pieces change by a bit, or if memory recalls less than half.
+the one that forgets least. The program fails if untouched pieces change by a bit, or if memory
+recalls less than half.
 """
 
 import argparse
@@ -41,8 +42,8 @@ from finetune.memory_training import memory_parameters, split_group
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = ROOT / "models" / "nano-v41"
-RATES = {"memory": (3e-3, 1e-2), "attention": (1e-3, 3e-3), "all": (1e-3, 3e-3)}
-STEPS, BATCH, ROWS, RANK, PIECE = 60, 16, 768, 8, 64
+RATES = {"memory": (1e-2, 3e-2), "attention": (3e-3, 1e-2), "all": (3e-3, 1e-2)}
+STEPS, BATCH, ROWS, RANK, PIECE = 40, 16, 512, 8, 64
 WANTED = 0.5
 NAMES = (
     "Velmora Oskarby Trundel Quillon Marvast Ebbering Solvane Korrigal Pemwick Dravost "

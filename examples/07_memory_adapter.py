@@ -13,10 +13,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from finetune import attach_adapters
+from finetune import attach_adapters, choose_memory_rows, describe_memory
 from finetune.loading import load_model, load_tokenizer
-from finetune.memory_inspect import describe_memory
-from finetune.memory_rows import choose_memory_rows
 
 DIRECTORY = Path(__file__).parents[1] / "models" / "nano-v41"
 FACTS = ["The colour of Velmora is copper.", "The capital of Oskarby is London."]

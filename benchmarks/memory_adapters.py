@@ -38,7 +38,7 @@ from finetune import attach_adapters
 from finetune.loading import load_model, load_tokenizer
 from finetune.memory_attach import find_touched
 from finetune.memory_rows import choose_memory_rows
-from finetune.memory_training import memory_parameters, split_group
+from finetune.optimizers import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = ROOT / "models" / "nano-v41"
@@ -127,8 +127,7 @@ def batches(facts: list[Fact], steps: int, seed: int) -> list[list[Fact]]:
 def train(model: Any, facts: list[Fact], rate: float, steps: int) -> float:
     """Steps of AdamW on the answers, memory rows in a group of their own: seconds."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    split_group(optimizer, memory_parameters(model))
+    optimizer = make_optimizer("adamw", model, rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: 1 - at / steps)
     start = time.perf_counter()
     model.train()

@@ -10,12 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune import attach_adapters
-from finetune.memory_training import (
-    memory_parameters,
-    read_background,
-    rows_for_run,
-    split_group,
-)
+from finetune.memory_training import read_background, rows_for_run
+from finetune.optimizers import Rule, make_optimizer
 
 MakeModel = Callable[..., PreTrainedModel]
 
@@ -26,29 +22,20 @@ def test_rows_learn_faster_and_are_not_pulled_back(
     model = make_model("v4.1", engram_vocab_size=200)
     rows = rows_for_run(model, tokenizer, [[20, 21, 22, 23]], None, 64)
     tuned = attach_adapters(model, "memory", r=2, memory=rows)
-    own = memory_parameters(tuned)
-    assert [tuple(p.shape) for p in own] == [(len(rows.layers[0].ids), 16)]
-    trained = [p for p in tuned.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.5)
-    split_group(optimizer, own)
-    settings = [(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
-    assert settings == [(0.1, 0.5, len(trained) - 1), (0.5, 0.0, 1)]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    for parameter in trained:
+    trained = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
+    delta = next(p for n, p in trained.items() if n.endswith("delta"))
+    assert delta.shape == (len(rows.layers[0].ids), 16)
+    optimizer = make_optimizer("adamw", tuned, 0.1, 0.5)
+    settings = {(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups}
+    assert settings == {(0.1, 0.5, len(trained) - 1), (0.5, 0.0, 1)}
+    before = delta.detach().clone()
+    for parameter in trained.values():
         parameter.grad = torch.ones_like(parameter)
-    before = own[0].detach().clone()
     optimizer.step()
-    schedule.step()
-    torch.testing.assert_close(before - own[0], torch.full_like(before, 0.5))
-    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.25]
-    tuned.requires_grad_(False)
-    assert memory_parameters(tuned) == []
-
-
-def test_an_optimizer_without_memory_stays_as_it_is() -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    split_group(optimizer, [])
-    assert len(optimizer.param_groups) == 1
+    torch.testing.assert_close(before - delta, torch.full_like(before, 0.5))
+    # A run's own word on the rows goes before.
+    named = make_optimizer("adamw", tuned, 0.1, 0.5, [Rule(r".*lora_rows.*", 2.0)])
+    assert {group["lr"] for group in named.param_groups} == {0.1, 0.2}
 
 
 def test_a_background_is_text_or_records(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ rows ─┬─ table (frozen) ───────── + delta of its rows �
       └─ is an n-gram written? ── touched [B, S] ──────┴─ A ── B where touched ┘
 ```
 
-An n-gram is written if all its rows, one a head, are edited. Positions without one take every
-number from the frozen side: their bits are those of the base. The low rank lets the gate open for
-the new rows; it too acts at touched positions alone.
+An n-gram is written if all its rows, one a head, are edited. Elsewhere zero is added, and nothing
+is rounded again: the bits are those of the base. The low rank lets the gate open for the new rows;
+it too acts at touched positions alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -177,7 +177,6 @@ class LoraEngram(BesideLora):
         memory = base.embed(rows).to(streams)  # [B, S, P, width]
         rows = rows.to(streams.device)
         edits, touched = torch.zeros((), device=rows.device), {}
-        edited = torch.zeros_like(rows, dtype=torch.bool)
         for name in active:
             at, hit = self.lora_rows[name].find(rows)
             if adapter_names is not None:
@@ -185,9 +184,8 @@ class LoraEngram(BesideLora):
                 hit = hit & mine[:, None, None]
             delta = self.lora_rows[name].delta[at]
             edits = edits + torch.where(hit[..., None], delta, 0)
-            edited, touched[name] = edited | hit, hit.any(-1)
-        changed = (ops.fp32(memory) + edits).to(memory.dtype)
-        memory = torch.where(edited[..., None], changed, memory).flatten(-2)
+            touched[name] = hit.any(-1)
+        memory = (ops.fp32(memory) + edits).to(memory.dtype).flatten(-2)
         projected = self._project(base.kv_proj, memory, touched)
         return base.add(streams, projected, live)
 
@@ -201,12 +199,11 @@ class LoraEngram(BesideLora):
         projected = kv_proj(memory)
         extra = torch.zeros((), device=memory.device)
         for name, places in touched.items():
-            low = self.lora_A[name](self.lora_dropout[name](ops.fp32(memory)))
+            x = self.lora_dropout[name](memory.to(self.lora_A[name].weight.dtype))
+            low = self.lora_A[name](x)
             up = self.lora_B[name](low) * self.scaling[name]
             extra = extra + torch.where(places[..., None], up, 0)
-        changed = (ops.fp32(projected) + extra).to(projected.dtype)
-        somewhere = torch.stack(tuple(touched.values())).any(0)
-        return torch.where(somewhere[..., None], changed, projected)
+        return (ops.fp32(projected) + extra).to(projected.dtype)
 
     def base_weights(self) -> list[nn.Parameter]:
         raise ValueError(NO_MERGE)

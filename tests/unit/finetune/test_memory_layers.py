@@ -138,7 +138,7 @@ def test_the_layer_computes_the_definition_and_its_gradients(
     assert (changed > 0).tolist() == [False, True, False, True, *[False] * 5]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_positions_without_a_written_n_gram_keep_their_bits_beside_others(
     make: MakeModel, attach: Attach, dtype: torch.dtype
 ) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
+from rich.table import Table
 from safetensors import safe_open
 
 from modeling_dsv4.engram_hash import table_primes
 
+from .loading import load_tokenizer
 from .memory_layers import MEMORY_KEY
 
 _TENSOR = re.compile(r".*\.layers\.(\d+)\.engram\.lora_rows\.(ids|places|grams|uses|delta)")
@@ -58,6 +61,36 @@ def describe_memory(adapter: str | Path, tokenizer: Any = None) -> dict[str, Any
         "layers": [_sum_up(layer, of, record["hash"]) for layer, of in layers.items()],
         "ngrams": grams,
     }
+
+
+def find_tokenizer(base: str | None) -> Any:
+    """The tokenizer beside a base model, None if there is no such directory or none in it."""
+    if base is None or not Path(base).is_dir():
+        return None
+    try:
+        return load_tokenizer(base)
+    except ValueError:
+        return None
+
+
+def memory_table(told: dict[str, Any], most: int = 20) -> Table:
+    """The strongest n-grams of `describe_memory`, for people."""
+    chance = max((layer["chance"] for layer in told["layers"]), default=0.0)
+    table = Table(
+        title=f"{len(told['ngrams'])} n-grams written, strongest first",
+        caption=f"a token of another text meets one by the hash alone: {chance:.1e} a layer",
+    )
+    for name in ("n-gram", "corpus", "background", "norm", "rows by layer"):
+        table.add_column(name, justify="left" if name == "n-gram" else "right")
+    for gram in told["ngrams"][:most]:
+        text = " ".join(map(str, gram["tokens"])) if gram["text"] is None else repr(gram["text"])
+        rows: dict[int, list[str]] = {}
+        for row in gram["rows"]:
+            rows.setdefault(row["layer"], []).append(str(row["row"]))
+        places = "; ".join(f"{layer}: {', '.join(ids)}" for layer, ids in rows.items())
+        counts = (str(gram["in_corpus"]), str(gram["in_background"]))
+        table.add_row(escape(text), *counts, f"{gram['norm']:.3f}", places)
+    return table
 
 
 def _read_layers(file: Path) -> dict[int, dict[str, torch.Tensor]]:

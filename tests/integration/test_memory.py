@@ -164,6 +164,11 @@ def test_memory_is_written_beside_tables_on_disk(
 
     tokenizer = load_tokenizer(base)
     told = describe_memory(output, tokenizer)
+    code, out, err = call("inspect", output, "--json")
+    assert code == 0, err
+    assert json.loads(out)["preset"] == "memory"
+    assert json.loads(out)["memory"] == told
+    assert repr(told["ngrams"][0]["text"]) in call("inspect", output)[1]
     assert [layer["layer"] for layer in told["layers"]] == [0, 2]
     assert all(0.9 < layer["written"] / layer["rows"] <= 1 for layer in told["layers"])
     pairs = [json.loads(line) for line in files["data"].read_text().splitlines()]

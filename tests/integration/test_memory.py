@@ -146,7 +146,11 @@ def _decode(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_memory_is_written_beside_tables_on_disk(
-    call: Call, base: Path, files: dict[str, Path], tmp_path: Path
+    call: Call,
+    base: Path,
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before, output = _digests(base), tmp_path / "adapter"
     assert len([name for name in before if name.startswith("engram-")]) == 2
@@ -181,9 +185,14 @@ def test_memory_is_written_beside_tables_on_disk(
     tuned = PeftModel.from_pretrained(_load(base, engram_memory=SMALL), output)
     resident = PeftModel.from_pretrained(_load(base), output)
     plain = _decode(_load(base), ids)
-    assert all(m.store is not None for m in tuned.modules() if isinstance(m, StoredTable))
+    store = next(m.store for m in tuned.modules() if isinstance(m, StoredTable))
+    assert store is not None
+    announced, begin = [], store.announce
+    monkeypatch.setattr(store, "announce", lambda t, rows: (announced.append(t), begin(t, rows)))
     assert not find_touched(tuned, ids).any()
     assert torch.equal(_decode(tuned, ids), plain)
+    # Both tables, before the first layer of every pass, as without an adapter.
+    assert announced == [0, 1] * (ids.shape[1] - 9)
     assert torch.equal(_decode(resident, ids), plain)
     assert find_touched(tuned, own).any()
     changed = _decode(tuned, own)

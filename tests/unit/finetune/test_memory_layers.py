@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune import attach_adapters, merge_adapters
 from finetune.adapters import count_adapters, load_adapters
+from finetune.layer_major import LayerMajor
 from finetune.memory_attach import activate_memory, find_collisions, find_touched
 from finetune.memory_layers import EditedRows, LoraEngram, memory_layers
 from finetune.memory_rows import choose_memory_rows
@@ -191,6 +192,20 @@ def test_checkpointing_gives_equal_gradients(make: MakeModel, attach: Attach) ->
         grads.append({n: p.grad for n, p in tuned.named_parameters() if p.requires_grad})
     for name, grad in grads[0].items():
         torch.testing.assert_close(grad, grads[1][name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_a_layer_at_a_time_gives_equal_gradients(make: MakeModel, attach: Attach) -> None:
+    ids, grads = _ids(FIRST), []
+    for by_layer in (False, True):
+        tuned = attach(make(), ids).train()
+        if by_layer:
+            LayerMajor(tuned).step([{"input_ids": ids, "labels": ids}])
+        else:
+            tuned(input_ids=ids, labels=ids).loss.backward()
+        grads.append({n: p.grad for n, p in tuned.named_parameters() if p.requires_grad})
+    for name, grad in grads[0].items():
+        assert bool(grad.abs().max() > 0), name
+        torch.testing.assert_close(grad, grads[1][name], atol=1e-6, rtol=1e-4, msg=name)
 
 
 # --- isolation ----------------------------------------------------------------------------------

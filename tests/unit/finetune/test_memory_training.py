@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune import attach_adapters
+from finetune.config import RunConfig
 from finetune.memory_training import read_background, rows_for_run
 from finetune.optimizers import Rule, make_optimizer
 
@@ -74,3 +75,12 @@ def test_a_run_without_a_background_says_so(
         rows = rows_for_run(model, tokenizer, documents, text, 64)
     assert not caplog.text
     assert rows.report["disturbed"] > 0
+
+
+def test_settings_of_memory_are_checked() -> None:
+    names = {"model": "m", "data": "d.jsonl", "output": "o", "preset": "memory"}
+    assert RunConfig(**names).memory_rows == 4096
+    with pytest.raises(ValueError, match="memory_rows: wanted at least 1, got 0"):
+        RunConfig(**names, memory_rows=0)
+    with pytest.raises(ValueError, match="preset 'memory': wanted objective sft, got dpo"):
+        RunConfig(**names, objective="dpo")

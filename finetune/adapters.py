@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from .hot_experts import HOT_KEY, HotExperts, check_hot
 from .layers import BesideLora, plain_weight
+from .memory_attach import attach_memory
+from .memory_rows import MemoryRows
 from .targets import (
     DEFAULT_PRESET,
     EXPERTS,
@@ -99,13 +101,14 @@ def attach_adapters(
     experts: Chosen | None = None,
     train_indexer: bool = False,
     adapter_name: str = "default",
+    memory: MemoryRows | None = None,
 ) -> PeftModel:
     """Freeze a model and put new adapters beside its weights.
 
     Args:
         model: plain or quantized; its weights are not touched.
         preset: a word of `finetune.targets.PRESETS` that means adapters.
-        r: rank of attention and shared experts.
+        r: rank of attention and shared experts, or of the low rank beside written memory.
         alpha: None makes the scale 2.
         expert_rank: of one routed expert; None is `max(2, round(r / active experts))`.
         dropout: on the input of linear adapters.
@@ -113,6 +116,7 @@ def attach_adapters(
             some, see `finetune.find_hot_experts`.
         train_indexer: adapters on the indexer too, which `finetune.teach_indexer` trains.
         adapter_name: PEFT's name for it.
+        memory: the rows that preset "memory" may write, see `finetune.choose_memory_rows`.
 
     Returns:
         A PEFT model: `save_pretrained`, `disable_adapter`, `load_adapter` and the rest are PEFT's.
@@ -128,6 +132,8 @@ def attach_adapters(
         experts=experts,
         train_indexer=train_indexer,
     )
+    if preset == "memory" or memory is not None:
+        return attach_memory(model, config, memory, adapter_name)
     return get_peft_model(model, config, adapter_name=adapter_name)
 
 

@@ -66,6 +66,7 @@ _CHOICES = {
 _COUNTS = (
     "rank",
     "hot_tokens",
+    "memory_rows",
     "max_length",
     "batch_size",
     "accumulation",
@@ -94,6 +95,8 @@ class RunConfig:
         hot_score: what is counted, "token" or "gate"; see `finetune.hot_experts`.
         hot_tokens: how many tokens of the data are counted at most.
         train_indexer: train the indexer too, by its own loss; see `finetune.indexer_training`.
+        memory_rows: rows of each Engram layer that preset "memory" may write.
+        memory_background: text or jsonl file of ordinary text, whose n-grams "memory" leaves alone.
         max_length: tokens per example.
         long: what becomes of longer ones: cut, split into several, or bad records.
         packing: several documents per row, each as if it were alone.
@@ -146,6 +149,8 @@ class RunConfig:
     hot_score: HotScore = "token"
     hot_tokens: int = 1 << 17
     train_indexer: bool = False
+    memory_rows: int = 4096
+    memory_background: str | None = None
     max_length: int = 2048
     packing: bool = False
     long: Long = "cut"
@@ -333,8 +338,9 @@ def _check_ratios(ratios: dict[str, float]) -> None:
 def _check_preset(run: RunConfig) -> None:
     """What a preset is asked for must be in it."""
     preset = get_preset(run.preset)
-    if run.objective != "sft" and (preset.weights or run.train_indexer):
-        what = "preset 'full'" if preset.weights else "train_indexer"
+    own = preset.weights or run.preset == "memory"
+    if run.objective != "sft" and (own or run.train_indexer):
+        what = f"preset {run.preset!r}" if own else "train_indexer"
         raise ValueError(f"{what}: wanted objective sft, got {run.objective}")
     if run.hot_share is None:
         return

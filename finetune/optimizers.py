@@ -40,6 +40,10 @@ class Rule:
     weight_decay: float | None = None
 
 
+# Rows of memory adapters: each is read by few tokens, and nothing pulls it back.
+MEMORY = Rule(r".*\.lora_rows\..*\.delta", 5.0, 0.0)
+
+
 def optimizer_class(name: str) -> Any:
     """Find an optimizer's class.
 
@@ -63,6 +67,8 @@ def group_parameters(
 ) -> list[dict[str, Any]]:
     """Sort what trains into an optimizer's groups, in the order of the model's names.
 
+    Rows of memory adapters have a rule of their own behind these, `MEMORY`.
+
     Raises:
         ValueError: nothing trains, or a rule meets nothing.
     """
@@ -71,7 +77,7 @@ def group_parameters(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rule = next((r for r in rules if re.fullmatch(r.pattern, name)), Rule(""))
+        rule = next((r for r in (*rules, MEMORY) if re.fullmatch(r.pattern, name)), Rule(""))
         met.add(rule.pattern)
         decay = weight_decay if rule.weight_decay is None else rule.weight_decay
         groups.setdefault((lr * rule.lr_ratio, decay), []).append(parameter)

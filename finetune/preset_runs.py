@@ -29,6 +29,8 @@ from .hot_experts import (
 )
 from .hot_layers import LoraSomeExperts
 from .indexer_training import teach_indexer
+from .loading import load_tokenizer
+from .memory_training import rows_for_run
 from .targets import get_preset
 
 
@@ -54,6 +56,11 @@ def prepare_model(base: PreTrainedModel, config: RunConfig, rows: Rows) -> nn.Mo
             tokens=config.hot_tokens,
             seed=config.seed,
         )
+    memory = None
+    if config.preset == "memory":
+        documents = [rows[i]["input_ids"] for i in range(len(rows))]
+        options = (config.memory_background, config.memory_rows)
+        memory = rows_for_run(base, load_tokenizer(config.model), documents, *options)
     return attach_adapters(
         base,
         config.preset,
@@ -63,6 +70,7 @@ def prepare_model(base: PreTrainedModel, config: RunConfig, rows: Rows) -> nn.Mo
         dropout=config.dropout,
         experts=hot,
         train_indexer=config.train_indexer,
+        memory=memory,
     )
 
 

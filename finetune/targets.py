@@ -16,6 +16,7 @@ _LAYER = r"(?:model\.)?layers\.\d+\."
 ATTENTION = _LAYER + r"self_attn\.(?:q_a_proj|q_b_proj|kv_proj|o_a_proj|o_b_proj)"
 SHARED = _LAYER + r"mlp\.shared_experts\.(?:gate_proj|up_proj|down_proj)"
 EXPERTS = _LAYER + r"mlp\.experts"
+ENGRAM = _LAYER + r"engram"
 # In no preset: it learns from a loss of its own, see `indexer_training.py`.
 INDEXER = (
     _LAYER + r"self_attn\.indexer\.(?:q_b_proj|weights_proj|k_proj|compressor\.(?:kv|gate)_proj)"
@@ -44,11 +45,10 @@ PRESETS: dict[str, Preset] = {
     "attention+shared": Preset("and on shared experts", (ATTENTION, SHARED)),
     "all": Preset("and on routed experts", (ATTENTION, SHARED, EXPERTS)),
     "hot-experts": Preset("adapters on the experts that the data routes to", (EXPERTS,), hot=True),
+    "memory": Preset("facts in rows of the Engram tables, see docs/memory.md", (ENGRAM,)),
     "full": Preset("training of the weights themselves", weights=True),
 }
 DEFAULT_PRESET = "all"
-# Names that are spoken for; they will mean this and nothing else.
-RESERVED = {"memory": "sparse row deltas of the Engram tables"}
 # From this rank on the scale is rank-stabilised: alpha / sqrt(r) instead of alpha / r.
 STABILISED_RANK = 64
 
@@ -68,16 +68,10 @@ def get_preset(preset: str) -> Preset:
     """Look a preset up.
 
     Raises:
-        NotImplementedError: a reserved name that has no meaning yet.
-        ValueError: any other name.
+        ValueError: no such name.
     """
     if preset in PRESETS:
         return PRESETS[preset]
-    if preset in RESERVED:
-        raise NotImplementedError(
-            f"preset {preset!r} ({RESERVED[preset]}) is not there yet; there are: "
-            f"{', '.join(PRESETS)}"
-        )
     raise ValueError(f"preset: wanted one of {', '.join(PRESETS)}, got {preset!r}")
 
 

@@ -23,6 +23,7 @@ from .combine import add_weighted_adapter
 from .hot_layers import LoraSomeExperts
 from .identity import base_identity, is_ours
 from .layers import LAYER_KINDS, BesideLora, LoraPackedLinear, is_packed_linear
+from .memory_layers import MEMORY_KINDS, check_memory, refuse_mixing
 
 # Where adapter_config.json keeps the identity: a free-form field, which PEFT stores unread.
 IDENTITY_KEY = "base_identity"
@@ -42,6 +43,7 @@ class Dsv4LoraModel(LoraModel):
                 )
             _refuse_split(model)
             check_identity(model, config)
+            check_memory(model, config)
 
     @staticmethod
     def _create_new_module(
@@ -55,7 +57,7 @@ class Dsv4LoraModel(LoraModel):
             base = target.get_base_layer()
         if isinstance(base, ExpertsBase):
             return LoraSomeExperts(target, adapter_name, config=lora_config, **kwargs)
-        for kind, layer in LAYER_KINDS:
+        for kind, layer in (*LAYER_KINDS, *MEMORY_KINDS):
             if isinstance(base, kind):
                 return layer(target, adapter_name, config=lora_config, **kwargs)
         if is_packed_linear(base):
@@ -74,6 +76,7 @@ class Dsv4LoraModel(LoraModel):
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         if is_ours(self.model):
+            refuse_mixing(self.peft_config, args[0] if args else kwargs["adapters"])
             return add_weighted_adapter(self, *args, **kwargs)
         return super().add_weighted_adapter(*args, **kwargs)
 

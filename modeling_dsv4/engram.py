@@ -71,10 +71,16 @@ class Engram(nn.Module):
             rows: [B, S, P] int64 table rows.
             live: [B, S] bool, false on image tokens, whose gate is 0; None = all live.
         """
-        n, d = streams.shape[-2:]
         # A table may be in another place than the layer: its rows come to the streams.
         memory = self.embed(rows).flatten(-2).to(streams)
-        key, value = self.kv_proj(memory).split([n * d, d], dim=-1)
+        return self.add(streams, self.kv_proj(memory), live)
+
+    def add(
+        self, streams: torch.Tensor, projected: torch.Tensor, live: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Gate keys and values `projected` [B, S, (N + 1) * D] and add them to the streams."""
+        n, d = streams.shape[-2:]
+        key, value = projected.split([n * d, d], dim=-1)
         key = key.unflatten(-1, (n, d))
         return self.gate(streams, key, value, self.q_weight, self.k_weight, live)[1]
 
@@ -91,8 +97,9 @@ def start_reads(layers: Iterable[nn.Module], rows: torch.Tensor) -> torch.Tensor
     Returns:
         The rows, on the CPU if tables are read there.
     """
-    found = (module for layer in layers for module in layer.children())
-    tables: list[Any] = [module.embed for module in found if isinstance(module, Engram)]
+    # By name: an adapter may stand around the module.
+    found: list[Any] = [getattr(layer, "engram", None) for layer in layers]
+    tables = [engram.embed for engram in found if engram is not None]
     if all(getattr(table, "store", None) is None for table in tables):
         return rows
     rows = rows.cpu()

@@ -14,12 +14,15 @@ AdapterArg = Annotated[Path, typer.Argument(help="Directory of the adapter.")]
 
 
 def inspect(adapter: AdapterArg, as_json: JsonOpt = False, quiet: QuietOpt = False) -> None:
-    """Say what an adapter is: its targets, ranks, size, base, and chosen experts."""
+    """Say what an adapter is: its targets, ranks, size, base, chosen experts, written memory."""
     # Late: it imports torch and PEFT, which takes seconds.
     from ..hot_experts import HotExperts, hot_table
     from ..inspection import inspect_adapter
+    from ..memory_inspect import describe_memory, find_tokenizer, is_memory, memory_table
 
     values = inspect_adapter(adapter)
+    if is_memory(adapter):
+        values["memory"] = describe_memory(adapter, find_tokenizer(values["base"]["path"]))
     out = Output(as_json, quiet)
     if as_json:
         out.result(values, [])
@@ -33,6 +36,8 @@ def inspect(adapter: AdapterArg, as_json: JsonOpt = False, quiet: QuietOpt = Fal
         chosen = sum(len(ids) for ids in hot.ids.values())
         parameters = values["groups"]["routed experts"]["parameters"] // chosen
         console.print(hot_table(hot, parameters))
+    if "memory" in values:
+        console.print(memory_table(values["memory"]))
 
 
 def _lines(values: dict[str, Any]) -> list[str]:

@@ -22,7 +22,9 @@ def train(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="attention, attention+shared, all (default), hot-experts or full."),
+        typer.Option(
+            help="attention, attention+shared, all (default), hot-experts, memory or full."
+        ),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of attention and shared experts.")] = None,
     hot_share: Annotated[
@@ -31,6 +33,12 @@ def train(
     hot_score: Annotated[str | None, typer.Option(help="What is counted: token or gate.")] = None,
     train_indexer: Annotated[
         bool | None, typer.Option("--train-indexer", help="Train the indexer by its own loss.")
+    ] = None,
+    memory_rows: Annotated[
+        int | None, typer.Option(help="Rows of each Engram layer that memory may write.")
+    ] = None,
+    memory_background: Annotated[
+        Path | None, typer.Option(help="Ordinary text whose n-grams memory leaves alone.")
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,

@@ -11,10 +11,8 @@ from transformers import PreTrainedModel
 from finetune.full import train_weights
 from finetune.targets import (
     INDEXER,
-    PRESETS,
     choose_ranks,
     match_targets,
-    preset_patterns,
     target_regex,
 )
 from modeling_dsv4 import Dsv4Config, Dsv4Model
@@ -56,7 +54,7 @@ FORBIDDEN = re.compile(
 )
 
 
-@pytest.mark.parametrize("preset", [name for name, p in PRESETS.items() if p.patterns])
+@pytest.mark.parametrize("preset", ["attention", "attention+shared", "all", "hot-experts"])
 @pytest.mark.parametrize("kind", ["v4 mtp", "v4 dspark", "v4.1 dspark"])
 def test_no_preset_meets_indexer_compressor_router_tables_or_draft(
     make_model: Callable[..., PreTrainedModel], kind: str, preset: str
@@ -112,9 +110,12 @@ def test_a_model_without_such_modules_is_refused() -> None:
         match_targets(["layers.0.self_attn.q_proj"], "attention")
 
 
-def test_reserved_presets_name_what_exists() -> None:
-    with pytest.raises(NotImplementedError, match=r"attention, attention\+shared, all, hot"):
-        preset_patterns("memory")
+def test_memory_meets_the_engram_modules_alone(
+    make_model: Callable[..., PreTrainedModel],
+) -> None:
+    assert match_targets(_names(make_model("v4.1")), "memory") == ["model.layers.1.engram"]
+    with pytest.raises(ValueError, match="got none"):
+        match_targets(_names(make_model("v4")), "memory")
 
 
 def test_unknown_presets_are_refused() -> None:

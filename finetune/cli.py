@@ -18,6 +18,7 @@ from .commands.inspect import inspect
 from .commands.lr_find import lr_find
 from .commands.merge import merge
 from .commands.plan import plan
+from .commands.report import report
 from .commands.train import train
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ app.command(
 )(evaluate)
 app.command(epilog="Example: dsv4-finetune merge --model nano --adapter out --output merged")(merge)
 app.command(epilog="Example: dsv4-finetune inspect out --json")(inspect)
+app.command(epilog="Example: dsv4-finetune report out")(report)
 
 
 def run(call: Callable[[], None]) -> int:

@@ -9,6 +9,8 @@ all of these as they are: a merged model passes as its base.
 
 import hashlib
 import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,18 +49,25 @@ def base_identity(model: nn.Module) -> str | None:
     Args:
         model: without adapters, or with: they are beside the weights that count.
     """
+    state = model.state_dict(keep_vars=True)
+    if any(tensor.is_meta for name, tensor in state.items() if _TENSORS.fullmatch(name)):
+        return None
+    return digest_identity(model.config, ((name, tensor.detach) for name, tensor in state.items()))
+
+
+def digest_identity(config: Any, tensors: Iterable[tuple[str, Callable[[], torch.Tensor]]]) -> str:
+    """Identity of a model by its configuration and its tensors, asked for if they count."""
     digest = hashlib.sha256()
     for field in _FIELDS:
-        digest.update(f"{field}={getattr(model.config, field, None)}\n".encode())
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        digest.update(f"{field}={getattr(config, field, None)}\n".encode())
+    for name, get in sorted(tensors, key=lambda named: named[0]):
         match = _TENSORS.fullmatch(name)
         if match is None:
             continue
-        if tensor.is_meta:
-            return None
+        tensor = get()
         digest.update(f"{match[1]} {tuple(tensor.shape)}\n".encode())
         if match[1].startswith("embed_tokens"):
             tensor = tensor[:: max(1, len(tensor) // _ROWS)]
-        rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        rounded = tensor.to("cpu", torch.bfloat16).contiguous()
         digest.update(rounded.view(torch.int16).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"

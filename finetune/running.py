@@ -3,7 +3,8 @@
 
 The output directory holds the adapter (PEFT's files), `run.yaml` (what was asked), `result.json`
 (what came out), `log.jsonl` and `logs/` (what was measured on the way), `data.json` (hashes of what
-was learned from) and, while training, `checkpoint-N` folders.
+was learned from), `facts.json`, `report.html` and `README.md` (for those who ask about the run),
+and, while training, `checkpoint-N` folders.
 """
 
 import json
@@ -24,6 +25,7 @@ from .arguments import steps_per_epoch
 from .callbacks import split_reporters
 from .checkpoints import is_leftover, last_checkpoint, save_adapter, sweep
 from .config import RUN_FILE, RunConfig
+from .facts import document_lengths
 from .files import staged, write_json
 from .full import as_base
 from .hot_experts import Rows
@@ -35,6 +37,7 @@ from .overfit_gate import run_gate
 from .preference import held_out_margin
 from .prepare import Prepared, check_fingerprint, check_vocabulary, fingerprint, prepare_data
 from .preset_runs import prepare_model, run_callbacks
+from .report import finish_run
 from .targets import get_preset
 from .trainer import RunTrainer, make_trainer
 
@@ -133,6 +136,8 @@ def _train(
         if get_preset(config.preset).weights:
             tokenizer.save_pretrained(str(folder))
         write_json(folder / RESULT_FILE, result.to_dict())
+        lengths = document_lengths(data.train.rows)
+        finish_run(folder, config.to_dict(), result.to_dict(), lengths=lengths)
     return result
 
 

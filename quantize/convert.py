@@ -125,7 +125,7 @@ def convert_alone(
     # What was whole once may have been damaged since.
     sums.complete = sums.complete and all(sums.has(target / name) for name in sums.files)
     opened.origin.prepare()
-    with _full_disk_explained(target):
+    with full_disk_explained(target):
         files = Target(target, job, sums)
         try:
             _run(opened, files, options, statistics)
@@ -133,7 +133,7 @@ def convert_alone(
             files.close()
         if not sums.complete:
             config = quantized_config(opened.config, recipe, job, statistics is not None)
-            _write_small_files(opened, target, config, job, sums)
+            write_small_files(opened, target, config, job, sums)
     shutil.rmtree(target / STAGING, ignore_errors=True)
     return target
 
@@ -443,9 +443,10 @@ class _Told:
                 self._options.tell_error(self._error / self._power)
 
 
-def _write_small_files(
+def write_small_files(
     source: Source, target: Path, config: Dsv4Config, job: Job, sums: Checksums
 ) -> None:
+    """Write index, tokenizer and, last, config.json: the directory is whole then."""
     weight_map = {name: file for file, entries in job.shards.items() for name in entries}
     total = sum(entry_bytes(entry) for entries in job.shards.values() for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -482,7 +483,8 @@ def quantized_config(
 
 
 @contextmanager
-def _full_disk_explained(target: Path) -> Iterator[None]:
+def full_disk_explained(target: Path) -> Iterator[None]:
+    """Say what to do where the disk has no room left."""
     try:
         yield
     except OSError as error:
@@ -494,4 +496,12 @@ def _full_disk_explained(target: Path) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["Options", "convert", "open_source", "plan_job", "quantized_config"]
+__all__ = [
+    "Options",
+    "convert",
+    "full_disk_explained",
+    "open_source",
+    "plan_job",
+    "quantized_config",
+    "write_small_files",
+]

@@ -87,12 +87,7 @@ class Source:
         self.directory = self.origin.directory
         self._direct = Direct()
         self.config = Dsv4Config.from_pretrained(self.directory)
-        stored = getattr(self.config, "quantization_config", None) or {}
-        if stored and stored.get("quant_method") != "dsv4_release":
-            raise ValueError(
-                f"{self.origin.name}: wanted a plain model or a release, got one quantized by "
-                f"{stored.get('quant_method')!r}; convert the model it was made from"
-            )
+        self._check_method(getattr(self.config, "quantization_config", None) or {})
         self._files = self._find_files()
         headers = {Path(shard): header for shard, header in self.origin.headers.items()}
         self._info = join_headers(self.directory, self._files, headers)
@@ -105,10 +100,7 @@ class Source:
         self._dense_names: dict[str, str] = {}
         self._slices: dict[tuple[str, int], dict[str, list[Slice]]] = {}
         self._kinds: dict[str, str] = {}
-        if layout in ("official", "transformers_hybrid"):
-            self._find_pieces()
-        else:
-            self._find_stacked()
+        self._find(layout)
 
     @property
     def fingerprint(self) -> int:
@@ -182,9 +174,28 @@ class Source:
         self.read_into(place, out.flatten().view(torch.uint8).numpy().data)
         return out
 
+    def read_bytes(self, shard: str, start: int, nbytes: int) -> torch.Tensor:
+        """Read bytes of a shard into new memory: [nbytes] uint8."""
+        return self.read(Slice(shard, "U8", (nbytes,), start, start + nbytes))
+
     def read_into(self, place: Slice, view: memoryview, skip: int = 0) -> None:
         """Fill a view with a slice's bytes from `skip` on; OSError if the file ends before them."""
         self._direct.read(self.origin.fetch(place.shard), view, place.start + skip)
+
+    def _check_method(self, stored: Mapping[str, object]) -> None:
+        """Refuse weights that another quantization has rounded already."""
+        if stored and stored.get("quant_method") != "dsv4_release":
+            raise ValueError(
+                f"{self.origin.name}: wanted a plain model or a release, got one quantized by "
+                f"{stored.get('quant_method')!r}; convert the model it was made from"
+            )
+
+    def _find(self, layout: str) -> None:
+        """Find out where each dense tensor and each expert is."""
+        if layout in ("official", "transformers_hybrid"):
+            self._find_pieces()
+        else:
+            self._find_stacked()
 
     def _find_files(self) -> dict[str, Path]:
         """{tensor: shard}; the index counts even if shards that it names are gone by now."""

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from quantize.sizes import format_size, parse_size
+
 from .output import JsonOpt, ModelOpt, Output, QuietOpt
 
 
@@ -13,16 +15,32 @@ def merge(
     model: ModelOpt,
     adapter: Annotated[Path, typer.Option(help="Directory of the adapter.")],
     output: Annotated[Path, typer.Option(help="Directory of the merged model.")],
-    dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Unpack a quantized base; the result is plain.")
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16 (plain); fp4, q3 or q2 (packed); source (what the "
+            "base is in, and what a plain base gets by itself)."
+        ),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Bytes of a file, e.g. 5GB.")] = "5GB",
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
-    """Add an adapter to its base and save a model that needs no adapter."""
-    from ..evaluate import merge_files
+    """Add an adapter to its base, shard by shard, and say what rounding left of it."""
+    from ..merge import REPORT, merge_files
+    from ..survival import survival_table
 
     out = Output(as_json, quiet)
-    values = merge_files(model, adapter, output, dequantize=dequantize, dtype=dtype)
-    out.result(values, [f"merged model: {values['output']}"])
+    size = parse_size(max_shard_size)
+    result = merge_files(model, adapter, output, to=to, max_shard_size=size)
+    console = out.console()
+    if result.advice is not None:
+        console.print(f"warning: {result.advice}", highlight=False, markup=False)
+    values = {"output": result.output, "adapter": str(adapter), **result.to_dict()}
+    lines = [
+        f"merged model: {result.output} ({result.form}, {format_size(result.nbytes)}), "
+        f"details in {REPORT}",
+        f"peak memory: {format_size(result.peak_memory)}",
+    ]
+    peak = {"peak_memory": result.peak_memory}
+    out.result(values | peak, lines, survival_table(result.tensors))

@@ -2,11 +2,13 @@
 """What the commands share: common options, and where their words go."""
 
 import json
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 ModelOpt = Annotated[str, typer.Option("--model", help="Directory of the base model.")]
@@ -26,10 +28,16 @@ class Output:
             # transformers' bars for loading weights.
             disable_progress_bar()
 
-    def result(self, values: dict[str, Any], lines: list[str]) -> None:
-        """Write the result in the form that was asked for."""
-        text = json.dumps(values, ensure_ascii=False) if self.as_json else "\n".join(lines)
-        typer.echo(text)
+    def result(self, values: dict[str, Any], lines: list[str], table: Table | None = None) -> None:
+        """Write the result in the form that was asked for; a table stands above the lines."""
+        if self.as_json:
+            typer.echo(json.dumps(values, ensure_ascii=False))
+            return
+        if table is not None:
+            # Standard output as it is now: tests and callers may have put another in its place.
+            Console(file=sys.stdout, highlight=False).print(table)
+        if lines:
+            typer.echo("\n".join(lines))
 
     def console(self) -> Console:
         return Console(stderr=True, quiet=self.quiet)

@@ -202,6 +202,7 @@ def test_a_plain_base_merges_to_the_attached_logits(
     merged = Dsv4ForCausalLM.from_pretrained(output)
     torch.testing.assert_close(_logits(merged, ids), _logits(attached, ids), atol=1e-4, rtol=0)
     assert PreTrainedTokenizerFast.from_pretrained(output).eos_token_id == 1
+    (output / "checksums.json").unlink()
     code, _, err = call("merge", "--model", base, "--adapter", adapter, "--output", output)
     assert code == 1
     assert "wanted an empty or new directory" in " ".join(err.split())
@@ -226,7 +227,7 @@ def test_where_the_experts_are_changes_no_update(
     assert losses[0]["held_out_loss_after"] == losses[1]["held_out_loss_after"]
 
 
-def test_a_packed_base_merges_only_when_it_may_be_unpacked(
+def test_a_packed_base_merges_into_what_is_asked_for(
     call: Call, packed: Path, data: Path, tmp_path: Path
 ) -> None:
     adapter, output = tmp_path / "adapter", tmp_path / "merged"
@@ -234,14 +235,21 @@ def test_a_packed_base_merges_only_when_it_may_be_unpacked(
     words = ("--model", packed, "--adapter", adapter, "--output", output)
     code, _, err = call("merge", *words)
     assert code == 1
-    assert "wanted plain weights, got packed ones" in " ".join(err.split())
+    assert "wanted --to with a packed base" in " ".join(err.split())
     assert not output.exists()
-    code, _, err = call("merge", *words, "--dequantize")
+    code, _, err = call("merge", *words, "--to", "float32")
     assert code == 0, err
     ids = torch.randint(5, 320, (2, 50))
     attached = PeftModel.from_pretrained(Dsv4ForCausalLM.from_pretrained(packed), adapter)
     merged = Dsv4ForCausalLM.from_pretrained(output)
     torch.testing.assert_close(_logits(merged, ids), _logits(attached, ids), atol=1e-4, rtol=0)
+    again = tmp_path / "again"
+    code, out, err = call("merge", *words[:-1], again, "--to", "source", "--json", "--quiet")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["form"].startswith("fp4")
+    assert told["all"]["error"] > 0
+    assert Dsv4ForCausalLM.from_pretrained(again).config.quantization_config.quant_method == "dsv4"
 
 
 def test_an_adapter_of_another_model_is_refused(

@@ -402,6 +402,22 @@ def test_two_active_adapters_add_up(make: Make, store: str) -> None:
             assert getattr(layer, part)[name].weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("store", ["plain", "q3"])
+@torch.no_grad()
+def test_blocks_know_where_their_adapters_rows_are(
+    make: Make, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = _adapt(make(store), second=3).eval()
+    layer.hot["second"] = [1, 2, 6]
+    for part in PARTS:
+        bank = getattr(layer, part)["second"]
+        bank.weight = torch.nn.Parameter(bank.weight.data[[1, 2, 6]])
+    batch, names = _batch(40), ["second", "default", "__base__", "second"]
+    whole = layer(*batch, adapter_names=names)
+    monkeypatch.setattr(expert_rows, "_BLOCK_BYTES", {"cpu": 8 * WIDTH * 20})
+    torch.testing.assert_close(layer(*batch, adapter_names=names), whole)
+
+
 @pytest.mark.parametrize("store", ["plain", "q3", "unknown"])
 def test_an_adapter_may_stand_beside_some_experts(make: Make, store: str) -> None:
     layer, (x, index, weights) = _adapt(make(store)), _batch(30)

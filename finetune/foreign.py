@@ -23,7 +23,7 @@ from modeling_dsv4.storage import GroupedLinear
 from .foreign_read import Sizes, read_files, read_pairs
 from .hot_experts import HOT_KEY, HotExperts
 from .layouts import PARTS, Layout, Pair, Pairs, dense_to_group, expert_of, fuse, pad_rank
-from .targets import EXPERTS, PRESETS, match_targets, target_regex
+from .targets import EXPERTS, PRESETS, target_regex
 from .tuner import register
 
 
@@ -197,7 +197,8 @@ class _Import:
     def _targets(self, names: set[str]) -> str:
         every = [name for name, _ in self.model.named_modules()]
         for preset, meant in PRESETS.items():
-            if meant.patterns and set(match_targets(every, preset)) == names:
+            patterns = [re.compile(pattern) for pattern in meant.patterns]
+            if {name for name in every for p in patterns if p.fullmatch(name)} == names:
                 return target_regex(preset)
         return "|".join(re.escape(name) for name in sorted(names))
 

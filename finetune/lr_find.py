@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from modeling_dsv4 import Dsv4Config
 from quantize.report import import_pyplot
 
 from .config import RunConfig
@@ -151,7 +152,7 @@ def find_rate(
     data = prepare_data(config, tokenizer)
     torch.manual_seed(config.seed)
     model = build_model(config, data.train)
-    check_vocabulary(data, model.config.vocab_size)
+    check_vocabulary(data, Dsv4Config.from_pretrained(config.model).vocab_size)
     trainer = make_trainer(model, config, data, tokenizer)
     rules = make_rules(config.lr_ratios, config.lora_plus_ratio)
     optimizer = make_optimizer(config.optimizer, model, 1.0, config.weight_decay, rules)

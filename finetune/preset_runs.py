@@ -34,7 +34,9 @@ from .memory_training import rows_for_run
 from .targets import get_preset
 
 
-def prepare_model(base: PreTrainedModel, config: RunConfig, rows: Rows) -> nn.Module:
+def prepare_model(
+    base: PreTrainedModel, config: RunConfig, rows: Rows
+) -> PeftModel | PreTrainedModel:
     """Let train what the preset says: a PEFT model, or for `full` the model itself.
 
     Args:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from modeling_dsv4 import Dsv4Config
 
@@ -192,7 +193,7 @@ def _try_one_batch(
     return run_gate(trainer, batch, config.learning_rate).to_dict()
 
 
-def build_model(config: RunConfig, rows: Rows = ()) -> nn.Module:
+def build_model(config: RunConfig, rows: Rows = ()) -> PeftModel | PreTrainedModel:
     """The base model of a run with what trains of it; torch's seed decides fresh values.
 
     `rows`: its training examples, for presets that look at them.

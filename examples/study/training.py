@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from nano.data import Corpus
-from nano.indexing import IndexTeacher
 from nano.optim import schedule
 from nano.train import Balance, Batches, optimizers
 from torch import nn
 
+from finetune.indexer_training import IndexerTeacher
 from modeling_dsv4 import Dsv4ForCausalLM
 
+from .context import measure_context
 from .memory import ngram_kinds, token_losses, without_memory
 from .residual import gains, recorded
 from .variant import Variant
@@ -65,16 +66,20 @@ def run(
 def _train(model: Dsv4ForCausalLM, corpus: Corpus, recipe: Any, steps: int) -> Any:
     balance = Balance(model.model.layers)
     selects = bool(model.config.index_source_layer_ids)
-    teacher = IndexTeacher(model, recipe.teach_rows) if selects else None
+    teacher = IndexerTeacher(model) if selects else None
+    config = model.config
+    sparse = config.index_topk, config.candidate_topk_blocks
     optimizer = optimizers(model, recipe)
     peaks = [[g["lr"] for g in o.param_groups] for o in optimizer]
     weights = [p for p in model.parameters() if p.requires_grad]
     for number, ids in zip(range(steps), Batches(corpus.train, recipe), strict=False):
         start = time.perf_counter()
+        # Until the indexer has seen enough, queries read every entry, as in V3.2's warm-up.
+        dense = selects and number < recipe.sparse_from * recipe.steps
+        config.index_topk, config.candidate_topk_blocks = (1 << 20,) * 2 if dense else sparse
         with recorded(model) as combs:
             loss = model(input_ids=ids, labels=ids).loss
-        total = loss if teacher is None else loss + teacher.loss()
-        total.backward()
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(weights, recipe.clip)
         factor = schedule(number, recipe.steps, recipe.warmup, recipe.floor)
         for o, rates in zip(optimizer, peaks, strict=True):
@@ -84,11 +89,13 @@ def _train(model: Dsv4ForCausalLM, corpus: Corpus, recipe: Any, steps: int) -> A
             o.zero_grad()
         busiest = balance.step(recipe.balance_rate * (1 - number / recipe.steps))
         seconds = time.perf_counter() - start
-        line = {"step": number + 1, "loss": loss.item(), "grad_norm": float(norm),
+        kl = teacher.metrics()["kl"] if teacher is not None else 0.0
+        line = {"step": number + 1, "loss": loss.item() - kl, "grad_norm": float(norm),
                 "busiest": busiest, "seconds": seconds}  # fmt: skip
         if number % _EVERY == 0 or number == steps - 1:
             forward, backward = gains(combs)
             line |= {"forward_gain": max(forward), "backward_gain": max(backward)}
+        config.index_topk, config.candidate_topk_blocks = sparse
         yield line
         if not np.isfinite(line["loss"]):
             return
@@ -112,6 +119,8 @@ def measure(model: Dsv4ForCausalLM, variant: Variant, corpus: Corpus) -> dict[st
         if model.config.engram_layer_ids:
             with without_memory(model):
                 found[name]["knocked_out"] = float(token_losses(model, rows).mean())
+    if variant.group == "attention":
+        found |= measure_context(model, corpus)
     ids = torch.from_numpy(corpus.domains["prose"].held_out[:2].astype(np.int64))
     with recorded(model) as combs:
         model(input_ids=ids, use_cache=False)

@@ -31,8 +31,7 @@ def measure_context(model: Dsv4ForCausalLM, corpus: Corpus) -> dict[str, Any]:
         # Places double: the first 128 tokens, the next 128, the next 256, ...
         edges = [0, *(128 << i for i in range(7))]
         found[f"{name}_by_place"] = [
-            float(losses[:, start:stop].mean())
-            for start, stop in pairwise(edges)
+            float(losses[:, start:stop].mean()) for start, stop in pairwise(edges)
         ]
     ids = torch.from_numpy(
         corpus.domains["prose"].held_out.reshape(-1, LENGTH)[:1].astype(np.int64)

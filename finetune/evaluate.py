@@ -128,7 +128,7 @@ def evaluate_files(
     sets: dict[str, Examples] = {}
     records: list[Record] = []
     if data is not None:
-        records, examples, report = _encode(data, adapter, held_out, tokenizer, max_length)
+        records, examples, report = _encode(data, adapter, held_out, tokenizer, max_length, samples)
         sets["loss"] = Examples(examples)
         told |= {"data": str(data), "held_out": held_out, **report.to_dict()}
     if general is not None:
@@ -162,6 +162,7 @@ def _encode(
     held_out: bool,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    samples: int,
 ) -> tuple[list[Record], list[Example], DataReport]:
     """Records of a file, or those of them that the adapter's run held out, as that encodes them."""
     if not held_out:
@@ -173,7 +174,8 @@ def _encode(
     config = RunConfig.from_yaml(run)
     examples, report = build_held_out(config, data, tokenizer)
     lines = {example.line for example in examples}
-    every = read_records(config.eval_data or data)
+    # The run may have left bad records out; here they are only looked at.
+    every = read_records(config.eval_data or data) if samples else []
     return [record for record in every if record.line in lines], examples, report
 
 

@@ -67,7 +67,7 @@ def test_v4_flash_is_what_its_paper_says() -> None:
     assert 1.2e6 < activation_bytes(config, 1) < 1.5e6
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["v4-flash", "v4.1-flash"])
 def test_parts_add_up_and_experts_are_placed(name: str) -> None:
     config, recipe = find_model(name)
     machine = Machine(768 * GB, 96 * GB)

@@ -207,11 +207,11 @@ def test_facts_name_no_user_and_no_host(run: Path, tmp_path: Path) -> None:
     import getpass
     import socket
 
-    facts = json.dumps(collect_facts(run, _config(tmp_path), argv=["/home/u/bin/dsv4-finetune"]))
+    facts = json.dumps(collect_facts(run, _config(tmp_path), argv=["/data/u/bin/dsv4-finetune"]))
     assert socket.gethostname() not in facts
     words = set(re.findall(r"\w+", facts.replace(str(tmp_path), "")))
     assert getpass.getuser() not in words
-    assert command_line(["/home/u/bin/dsv4-finetune", "a b"]) == "dsv4-finetune 'a b'"
+    assert command_line(["/data/u/bin/dsv4-finetune", "a b"]) == "dsv4-finetune 'a b'"
 
 
 def test_histograms_count_every_document() -> None:

@@ -67,6 +67,11 @@ def training_settings(
         "disable_tqdm": True,
         "label_names": ["labels"],
         "remove_unused_columns": False,
+        # As where the processes joined.
+        "use_cpu": not torch.accelerator.is_available(),
+        # Experts that no token of a process chose have no gradient there.
+        "ddp_find_unused_parameters": True,
+        "ddp_broadcast_buffers": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerState
 
 from .full import restore_weights
 from .interruption import Interrupted, StopSignal
+from .ranks import agree_to_stop, num_ranks, together
 from .state_files import load_state, random_state, restore_random_state, save_state
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,10 @@ class SafeCheckpoints(Trainer):
             Interrupted: after the checkpoint.
         """
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self.stop is None or self.stop.signum is None or self.is_done():
+        if self.stop is None or self.is_done():
+            return
+        agree_to_stop(self.stop)
+        if self.stop.signum is None:
             return
         target = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         if not target.is_dir():
@@ -122,19 +126,29 @@ class SafeCheckpoints(Trainer):
             if best == target or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
         try:
-            with checkpoint_folder(target, writes=self.args.should_save) as folder:
-                self._save(str(folder))
-                self._save_optimizer_and_scheduler(str(folder))
-                # Generators differ between processes; the folder is there once the first made it.
-                self.accelerator.wait_for_everyone()
-                self._save_rng_state(str(folder))
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    self.state.save_to_json(str(folder / STATE_FILE))
+            self._write_checkpoint(target)
         except (OSError, SafetensorError) as error:
             raise OSError(_could_not_write(target, error)) from error
         if self.args.should_save:
             drop_old(output, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _write_checkpoint(self, target: Path) -> None:
+        """Write a checkpoint in turns; none begins before all processes are done with the last."""
+        with ExitStack() as stack:
+            with together():
+                folder = stack.enter_context(
+                    checkpoint_folder(target, writes=self.args.should_save)
+                )
+                self._save(str(folder))
+                self._save_optimizer_and_scheduler(str(folder))
+            with together():
+                # Generators differ between processes.
+                self._save_rng_state(str(folder))
+            with together():
+                if self.args.should_save:
+                    self.state.save_to_json(str(folder / STATE_FILE))
+                # What seals the folder and gives it its name.
+                stack.close()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -153,10 +167,11 @@ class SafeCheckpoints(Trainer):
         if checkpoint is None:
             return
         file = Path(checkpoint, self._random_file())
-        if not file.is_file():
+        written = len(list(Path(checkpoint).glob("random-*.safetensors")))
+        if written != num_ranks():
             raise ValueError(
-                f"resume: {checkpoint} was written by another number of processes; wanted "
-                f"{file.name}, found none"
+                f"resume: {checkpoint} was written by {written} processes, got {num_ranks()}; "
+                "rows would be dealt otherwise, so start as many again"
             )
         restore_random_state(load_state(file))
 

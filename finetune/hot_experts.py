@@ -27,6 +27,8 @@ from torch import nn
 
 from modeling_dsv4.moe import Dsv4MoE, Dsv4Router
 
+from .ranks import deal, num_ranks, sum_ranks
+
 Score = Literal["token", "gate"]
 SCORES: tuple[Score, ...] = ("token", "gate")
 DEFAULT_SHARE = 0.5
@@ -127,6 +129,8 @@ def measure_routing(
     batches: Iterable[Mapping[str, torch.Tensor]],
     tokens: int = DEFAULT_TOKENS,
     progress: Callable[[int], None] | None = None,
+    *,
+    dealt: bool = False,
 ) -> RoutingMass:
     """Let a model read batches until `tokens` are reached, and count where they are routed.
 
@@ -135,6 +139,7 @@ def measure_routing(
         batches: what its `forward` takes; `labels` are left out, pads are not counted.
         tokens: at least so many are read, if there are as many.
         progress: called with the number of tokens read.
+        dealt: every process of a run calls this with batches of its own; their counts are summed.
 
     Raises:
         ValueError: no layers with experts, or no tokens.
@@ -155,6 +160,9 @@ def measure_routing(
                 break
     finally:
         model.train(training)
+    if dealt:
+        read = int(sum_ranks(torch.tensor(read)))
+        counts = {name: sum_ranks(both) for name, both in counts.items()}
     if not read:
         raise ValueError("hot experts: wanted some tokens to count, got none")
     shares = {name: both / both.sum(-1, keepdim=True) for name, both in counts.items()}
@@ -243,6 +251,7 @@ def find_hot_experts(
     tokens: int = DEFAULT_TOKENS,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    dealt: bool = False,
 ) -> HotExperts:
     """Count and choose in one call.
 
@@ -254,14 +263,18 @@ def find_hot_experts(
         tokens: how many are read at most, to the end of a row.
         seed: of the order.
         progress: called with the number of tokens read.
+        dealt: every process of a run calls this with all the rows and reads its part of them.
     """
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    if dealt:
+        order, tokens = deal(order), -(-tokens // num_ranks())
     device = next(model.parameters()).device
     batches = (
         {key: torch.tensor([ids], device=device) for key, ids in _inputs(rows[i]).items()}
         for i in order
     )
-    return choose_hot_experts(measure_routing(model, batches, tokens, progress), share, score)
+    mass = measure_routing(model, batches, tokens, progress, dealt=dealt)
+    return choose_hot_experts(mass, share, score)
 
 
 def _inputs(row: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .data import IGNORED, Examples, PackingCollator, PaddingCollator, pad_token
+from .ranks import deal, sum_ranks
 
 
 @torch.no_grad()
@@ -30,5 +31,11 @@ def sum_loss(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> tu
 def held_out_loss(model: nn.Module, rows: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
     """Mean loss per label token of some rows, a row at a time."""
     collate = PackingCollator() if rows.packed else PaddingCollator(pad_token(tokenizer))
-    total, tokens = sum_loss(model, (collate([rows[i]]) for i in range(len(rows))))
+    return mean_loss(model, (collate([rows[i]]) for i in deal(range(len(rows)))))
+
+
+def mean_loss(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> float:
+    """Mean loss per label token of the batches of all processes together."""
+    found = torch.tensor(sum_loss(model, batches), dtype=torch.float64)
+    total, tokens = sum_ranks(found).tolist()
     return total / max(tokens, 1)

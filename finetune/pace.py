@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .ranks import sum_ranks
 from .router_load import RouterLoad
 
 GIB = 1 << 30
@@ -80,7 +81,7 @@ class MeasuredTrainer(Trainer):
             return
         mask = inputs.get("attention_mask")
         count = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        count *= self.accelerator.num_processes
+        count = int(sum_ranks(torch.tensor(count)))
         self.pace.tokens += count
         self.state.num_input_tokens_seen += count
 

@@ -57,6 +57,7 @@ def prepare_model(
             score=config.hot_score,
             tokens=config.hot_tokens,
             seed=config.seed,
+            dealt=True,
         )
     memory = None
     if config.preset == "memory":

@@ -13,6 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from modeling_dsv4.moe import Dsv4Router
 
+from .ranks import sum_ranks
+
 
 class RouterLoad(TrainerCallback):
     """Counts the tokens of every expert while a model trains.
@@ -66,7 +68,7 @@ class RouterLoad(TrainerCallback):
         `idle_experts`: share of experts without a token. `busiest_expert`: its tokens as a multiple
         of the mean in its layer.
         """
-        counts = torch.stack(self._counts).double() if self._counts else torch.zeros(0)
+        counts = sum_ranks(torch.stack(self._counts)).double() if self._counts else torch.zeros(0)
         for held in self._counts:
             held.zero_()
         if not counts.sum():

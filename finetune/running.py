@@ -38,6 +38,17 @@ from .overfit_gate import run_gate
 from .preference import held_out_margin
 from .prepare import Prepared, check_fingerprint, check_vocabulary, fingerprint, prepare_data
 from .preset_runs import prepare_model, run_callbacks
+from .ranks import (
+    agree_to_stop,
+    check_ranks,
+    check_same,
+    from_first,
+    is_first,
+    join_ranks,
+    num_ranks,
+    together,
+    vary_dropout,
+)
 from .report import finish_run
 from .targets import get_preset
 from .trainer import RunTrainer, make_trainer
@@ -83,11 +94,13 @@ def train(
 ) -> TrainResult:
     """Run a fine-tuning, or continue one from its last checkpoint.
 
-    A finished run that is continued gives its result again.
+    A finished run that is continued gives its result again. Started by accelerate or torchrun,
+    every process calls this alike and gets the result; the first one writes.
 
     Raises:
         ValueError: bad data or settings, found before any weight is loaded; an output directory
             that holds another run.
+        NotImplementedError: settings that want one process, and several.
         OSError: a checkpoint could not be written; those before it are whole.
         Interrupted: a signal stopped the run; it says which checkpoint to continue from.
     """
@@ -104,42 +117,72 @@ def _train(
     config: RunConfig, resume: bool, callbacks: Sequence[TrainerCallback], stop: StopSignal
 ) -> TrainResult:
     output = Path(config.output)
-    checkpoint = _open_output(config, resume)
-    if resume and (output / RESULT_FILE).is_file():
-        return TrainResult(**json.loads((output / RESULT_FILE).read_text(encoding="utf-8")))
+    join_ranks()
+    check_ranks(config)
+    checkpoint, finished = from_first(lambda: _look(config, resume))
+    if finished is not None:
+        return TrainResult(**finished)
     optimizer_class(config.optimizer)
     split_reporters(config.report_to)
     tokenizer = load_tokenizer(config.model)
-    data = prepare_data(config, tokenizer)
-    check_vocabulary(data, Dsv4Config.from_pretrained(config.model).vocab_size)
-    prints = fingerprint(config, data)
+    with together():
+        data = prepare_data(config, tokenizer)
+        check_vocabulary(data, Dsv4Config.from_pretrained(config.model).vocab_size)
+        prints = fingerprint(config, data)
+    check_same(prints, "data")
     if resume and (output / DATA_FILE).is_file():
         check_fingerprint(prints, json.loads((output / DATA_FILE).read_text(encoding="utf-8")))
     torch.manual_seed(config.seed)
     model = build_model(config, data.train)
     callbacks = [*run_callbacks(model, config), *callbacks]
-    write_json(output / DATA_FILE, prints)
-    config.save(output / RUN_FILE)
-    sweep(output)
+    with together():
+        if is_first():
+            write_json(output / DATA_FILE, prints)
+            config.save(output / RUN_FILE)
+            sweep(output)
     trainer = make_trainer(model, config, data, tokenizer, callbacks)
     trainer.stop = stop
     gate = None if checkpoint else _try_one_batch(trainer, config, data)
     with as_base(model):
         before = _held_out(model, config, data, tokenizer)
     start = time.perf_counter()
+    vary_dropout(config.seed)
     with stop.patient():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        agree_to_stop(stop)
     if stop.signum is not None:
         raise Interrupted(stop.signum)
     result = _measure(trainer, config, data, tokenizer, before, time.perf_counter() - start, gate)
-    with staged(output) as folder:
+    with together():
+        if is_first():
+            _write(model, config, data, tokenizer, result)
+    return result
+
+
+def _look(config: RunConfig, resume: bool) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint to continue from, and the result of a run that is finished already."""
+    checkpoint = _open_output(config, resume)
+    file = Path(config.output, RESULT_FILE)
+    if resume and file.is_file():
+        return checkpoint, json.loads(file.read_text(encoding="utf-8"))
+    return checkpoint, None
+
+
+def _write(
+    model: nn.Module,
+    config: RunConfig,
+    data: Prepared,
+    tokenizer: PreTrainedTokenizerBase,
+    result: TrainResult,
+) -> None:
+    """Write what came out, at once."""
+    with staged(config.output) as folder:
         save_adapter(model, folder)
         if get_preset(config.preset).weights:
             tokenizer.save_pretrained(str(folder))
         write_json(folder / RESULT_FILE, result.to_dict())
         lengths = document_lengths(data.train.rows)
         finish_run(folder, config.to_dict(), result.to_dict(), lengths=lengths)
-    return result
 
 
 def _measure(
@@ -185,7 +228,8 @@ def _try_one_batch(
     trainer: RunTrainer, config: RunConfig, data: Prepared
 ) -> dict[str, float] | None:
     """Run the gate where the settings ask for it, and before long runs."""
-    steps = config.max_steps or steps_per_epoch(config, len(data.train)) * config.epochs
+    an_epoch = steps_per_epoch(config, len(data.train), num_ranks())
+    steps = config.max_steps or an_epoch * config.epochs
     if config.overfit_gate == "off" or (config.overfit_gate == "auto" and steps < LONG_RUN):
         return None
     size = min(config.batch_size, len(data.train))

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -26,10 +25,11 @@ from .checkpoints import SafeCheckpoints, restore_adapter, save_adapter
 from .config import RunConfig
 from .data import PackingCollator, PaddingCollator, pad_token
 from .layer_steps import LayerMajorSteps, make_schedule
-from .losses import held_out_loss, sum_loss
+from .losses import held_out_loss, mean_loss, sum_loss
 from .optimizers import make_optimizer, make_rules
 from .pace import MeasuredTrainer
 from .prepare import Prepared, prepare_data
+from .ranks import deal, leave_frozen, num_ranks
 
 __all__ = [
     "AdapterTrainer",
@@ -84,6 +84,17 @@ class RunTrainer(SafeCheckpoints, MeasuredTrainer):
 class AdapterTrainer(LayerMajorSteps, RunTrainer):
     """A held-out loss that counts tokens, not rows or batches."""
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Held-out rows; of several processes each gets its own, and no row comes twice."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if num_ranks() == 1 or rows is None:
+            return super().get_eval_dataloader(eval_dataset)
+        return DataLoader(
+            Subset(rows, deal(range(len(rows)))),
+            batch_size=self.args.per_device_eval_batch_size,
+            collate_fn=self.data_collator,
+        )
+
     def evaluate(
         self,
         eval_dataset: Dataset | None = None,
@@ -91,10 +102,7 @@ class AdapterTrainer(LayerMajorSteps, RunTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Mean loss per held-out label token, and its exponential."""
-        batches = self.get_eval_dataloader(eval_dataset)
-        totals = torch.tensor(sum_loss(self.model, batches), dtype=torch.float64)
-        total, tokens = self.accelerator.reduce(totals.to(self.args.device), "sum").tolist()
-        loss = total / max(tokens, 1)
+        loss = mean_loss(self.model, self.get_eval_dataloader(eval_dataset))
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),
@@ -120,7 +128,7 @@ def make_trainer(
     """
     evaluates = data.held_out is not None
     names, reporters = report_callbacks(config.report_to, config.output)
-    epoch_steps = steps_per_epoch(config, len(data.train), PartialState().num_processes)
+    epoch_steps = steps_per_epoch(config, len(data.train), num_ranks())
     listeners = [*reporters, *early_stopping(config, evaluates), *callbacks]
     if config.objective == "sft":
         arguments = training_arguments(
@@ -144,6 +152,7 @@ def make_trainer(
             model, config, data, tokenizer, epoch_steps, names, listeners
         )
     trainer.config = config
+    leave_frozen(model)
     trainer.keeps_best = evaluates and config.keep_best
     trainer.add_callback(LogFile(Path(config.output, LOG_FILE)))
     trainer.layer_major = make_schedule(model, config, trainer.args.world_size)

@@ -92,16 +92,21 @@ def train(
         given["overfit_gate"] = "on" if overfit_gate else "off"
     settings = run_config(given, config or [], resume)
     from ..preset_runs import ShowHotExperts
+    from ..ranks import is_first, join_ranks
     from ..running import train as run_training
 
-    out = Output(as_json, quiet)
+    join_ranks()
+    out = Output(as_json, quiet or not is_first())
     shows = ShowHotExperts(out.console())
     try:
         with show_progress(out.console()) as callback:
             result = run_training(settings, resume=resume, callbacks=[callback, shows])
     except Interrupted as cut:
-        typer.echo(stop_line(cut, settings.output), err=True)
+        if is_first():
+            typer.echo(stop_line(cut, settings.output), err=True)
         raise typer.Exit(cut.exit_code) from None
+    if not is_first():
+        return
     values = result.to_dict()
     del values["history"]
     lines = [

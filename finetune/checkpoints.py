@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerState
 from .full import restore_weights
 from .interruption import Interrupted, StopSignal
 from .ranks import agree_to_stop, num_ranks, together
+from .sharded import is_sharded, put_adapter, spread_optimizer, whole, whole_adapter
 from .state_files import load_state, random_state, restore_random_state, save_state
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,9 @@ def restore_adapter(model: nn.Module, directory: str | Path) -> None:
         restore_weights(model, directory)
         return
     tensors = load_peft_weights(str(directory), device="cpu")
+    if is_sharded(model):
+        put_adapter(model, tensors)
+        return
     set_peft_model_state_dict(model, tensors)
 
 
@@ -134,13 +138,15 @@ class SafeCheckpoints(Trainer):
 
     def _write_checkpoint(self, target: Path) -> None:
         """Write a checkpoint in turns; none begins before all processes are done with the last."""
+        state_dict = whole_adapter(self.model) if is_sharded(self.model) else None
+        optimizer = whole(self.optimizer.state_dict())
         with ExitStack() as stack:
             with together():
                 folder = stack.enter_context(
                     checkpoint_folder(target, writes=self.args.should_save)
                 )
-                self._save(str(folder))
-                self._save_optimizer_and_scheduler(str(folder))
+                self._save(str(folder), state_dict)
+                self._save_optimizer_and_scheduler(str(folder), optimizer)
             with together():
                 # Generators differ between processes.
                 self._save_rng_state(str(folder))
@@ -150,14 +156,15 @@ class SafeCheckpoints(Trainer):
                 # What seals the folder and gives it its name.
                 stack.close()
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    def _save_optimizer_and_scheduler(self, output_dir: str, state: Any = None) -> None:
         if self.args.should_save:
-            save_state(Path(output_dir, OPTIMIZER_FILE), self.optimizer.state_dict())
+            save_state(Path(output_dir, OPTIMIZER_FILE), state or self.optimizer.state_dict())
             save_state(Path(output_dir, SCHEDULER_FILE), self.lr_scheduler.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.optimizer.load_state_dict(load_state(Path(checkpoint, OPTIMIZER_FILE)))
+            state = load_state(Path(checkpoint, OPTIMIZER_FILE))
+            self.optimizer.load_state_dict(spread_optimizer(self.optimizer, state))
             self.lr_scheduler.load_state_dict(load_state(Path(checkpoint, SCHEDULER_FILE)))
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -166,14 +173,8 @@ class SafeCheckpoints(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        file = Path(checkpoint, self._random_file())
-        written = len(list(Path(checkpoint).glob("random-*.safetensors")))
-        if written != num_ranks():
-            raise ValueError(
-                f"resume: {checkpoint} was written by {written} processes, got {num_ranks()}; "
-                "rows would be dealt otherwise, so start as many again"
-            )
-        restore_random_state(load_state(file))
+        check_writers(checkpoint)
+        restore_random_state(load_state(Path(checkpoint, self._random_file())))
 
     def _random_file(self) -> str:
         return f"random-{self.args.process_index}.safetensors"
@@ -280,6 +281,20 @@ def last_checkpoint(output: str | Path) -> Path | None:
             return folder
         logger.warning("%s: not whole, so it is not continued from", folder)
     return None
+
+
+def check_writers(checkpoint: str | Path) -> None:
+    """Compare the number of processes with that of a checkpoint.
+
+    Raises:
+        ValueError: it was another; names both.
+    """
+    written = len(list(Path(checkpoint).glob("random-*.safetensors")))
+    if written != num_ranks():
+        raise ValueError(
+            f"resume: {checkpoint} was written by {written} processes, got {num_ranks()}; rows "
+            "would be dealt otherwise, so start as many again"
+        )
 
 
 def drop_old(output: Path, keep: int | None, best: str | None) -> None:

@@ -14,13 +14,13 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import RunConfig
 from .interruption import StopSignal
+from .sharded import check_shards
 
 T = TypeVar("T")
 # Why a run's settings want one process.
@@ -160,11 +160,8 @@ def check_ranks(config: RunConfig) -> None:
     Raises:
         NotImplementedError: names the setting, and why.
     """
+    check_shards(config)
     count = num_ranks()
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise NotImplementedError(
-            "FSDP: wanted data parallelism (examples/accelerate/ddp.yaml), got FSDP"
-        )
     if count == 1:
         return
     plain = {"layer_schedule": "ordinary", "train_indexer": False}

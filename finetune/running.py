@@ -9,7 +9,7 @@ and, while training, `checkpoint-N` folders.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,21 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from modeling_dsv4 import Dsv4Config
 
 from .adapters import count_adapters
 from .arguments import steps_per_epoch
 from .callbacks import split_reporters
-from .checkpoints import is_leftover, last_checkpoint, save_adapter, sweep
+from .checkpoints import check_writers, is_leftover, last_checkpoint, save_adapter, sweep
 from .config import RUN_FILE, RunConfig
 from .facts import document_lengths
 from .files import staged, write_json
@@ -50,6 +57,7 @@ from .ranks import (
     vary_dropout,
 )
 from .report import finish_run
+from .sharded import is_sharded, shards, unadapted, whole_adapter
 from .targets import get_preset
 from .trainer import RunTrainer, make_trainer
 
@@ -143,8 +151,13 @@ def _train(
     trainer = make_trainer(model, config, data, tokenizer, callbacks)
     trainer.stop = stop
     gate = None if checkpoint else _try_one_batch(trainer, config, data)
-    with as_base(model):
-        before = _held_out(model, config, data, tokenizer)
+    base = MeasureBase(lambda model: _held_out(model, config, data, tokenizer))
+    if shards():
+        # What is whole in no process can be measured when it is sharded.
+        trainer.add_callback(base)
+    else:
+        with as_base(model):
+            base.found = base.measure(model)
     start = time.perf_counter()
     vary_dropout(config.seed)
     with stop.patient():
@@ -152,10 +165,11 @@ def _train(
         agree_to_stop(stop)
     if stop.signum is not None:
         raise Interrupted(stop.signum)
-    result = _measure(trainer, config, data, tokenizer, before, time.perf_counter() - start, gate)
+    result = _measure(trainer, config, data, tokenizer, base.found, time.perf_counter() - start, gate)
+    state_dict = whole_adapter(trainer.model) if is_sharded(trainer.model) else None
     with together():
         if is_first():
-            _write(model, config, data, tokenizer, result)
+            _write(model, state_dict, config, data, tokenizer, result)
     return result
 
 
@@ -165,11 +179,35 @@ def _look(config: RunConfig, resume: bool) -> tuple[Path | None, dict[str, Any] 
     file = Path(config.output, RESULT_FILE)
     if resume and file.is_file():
         return checkpoint, json.loads(file.read_text(encoding="utf-8"))
+    if checkpoint is not None:
+        check_writers(checkpoint)
     return checkpoint, None
+
+
+class MeasureBase(TrainerCallback):
+    """Measures the base without its adapters when training begins.
+
+    Attributes:
+        found: the measure; None until then.
+    """
+
+    def __init__(self, measure: Callable[[nn.Module], float | None]) -> None:
+        self.measure, self.found = measure, None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        with unadapted(kwargs["model"]):
+            self.found = self.measure(kwargs["model"])
 
 
 def _write(
     model: nn.Module,
+    state_dict: dict[str, torch.Tensor] | None,
     config: RunConfig,
     data: Prepared,
     tokenizer: PreTrainedTokenizerBase,
@@ -177,7 +215,7 @@ def _write(
 ) -> None:
     """Write what came out, at once."""
     with staged(config.output) as folder:
-        save_adapter(model, folder)
+        save_adapter(model, folder, state_dict)
         if get_preset(config.preset).weights:
             tokenizer.save_pretrained(str(folder))
         write_json(folder / RESULT_FILE, result.to_dict())
@@ -230,7 +268,7 @@ def _try_one_batch(
     """Run the gate where the settings ask for it, and before long runs."""
     an_epoch = steps_per_epoch(config, len(data.train), num_ranks())
     steps = config.max_steps or an_epoch * config.epochs
-    if config.overfit_gate == "off" or (config.overfit_gate == "auto" and steps < LONG_RUN):
+    if shards() or config.overfit_gate == "off" or (config.overfit_gate == "auto" and steps < LONG_RUN):
         return None
     size = min(config.batch_size, len(data.train))
     batch = trainer.data_collator([data.train[i] for i in range(size)])

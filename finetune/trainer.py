@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -25,11 +25,12 @@ from .checkpoints import SafeCheckpoints, restore_adapter, save_adapter
 from .config import RunConfig
 from .data import PackingCollator, PaddingCollator, pad_token
 from .layer_steps import LayerMajorSteps, make_schedule
-from .losses import held_out_loss, mean_loss, sum_loss
+from .losses import deal_batches, held_out_loss, mean_loss, sum_loss
 from .optimizers import make_optimizer, make_rules
 from .pace import MeasuredTrainer
 from .prepare import Prepared, prepare_data
-from .ranks import deal, leave_frozen, num_ranks
+from .ranks import leave_frozen, num_ranks
+from .sharded import shards
 
 __all__ = [
     "AdapterTrainer",
@@ -84,17 +85,6 @@ class RunTrainer(SafeCheckpoints, MeasuredTrainer):
 class AdapterTrainer(LayerMajorSteps, RunTrainer):
     """A held-out loss that counts tokens, not rows or batches."""
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Held-out rows; of several processes each gets its own, and no row comes twice."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        if num_ranks() == 1 or rows is None:
-            return super().get_eval_dataloader(eval_dataset)
-        return DataLoader(
-            Subset(rows, deal(range(len(rows)))),
-            batch_size=self.args.per_device_eval_batch_size,
-            collate_fn=self.data_collator,
-        )
-
     def evaluate(
         self,
         eval_dataset: Dataset | None = None,
@@ -102,7 +92,12 @@ class AdapterTrainer(LayerMajorSteps, RunTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Mean loss per held-out label token, and its exponential."""
-        loss = mean_loss(self.model, self.get_eval_dataloader(eval_dataset))
+        batches: Any = self.get_eval_dataloader(eval_dataset)
+        if num_ranks() > 1:
+            # The loader would give some rows to two processes, so that all have equally many.
+            size = self.args.per_device_eval_batch_size
+            batches = deal_batches(batches.dataset, self.data_collator, size)
+        loss = mean_loss(self.model, batches)
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),
@@ -125,6 +120,7 @@ def make_trainer(
 
     Raises:
         ValueError: a reporter that is not installed, or patience without anything held out.
+        NotImplementedError: shards where accelerate makes none.
     """
     evaluates = data.held_out is not None
     names, reporters = report_callbacks(config.report_to, config.output)
@@ -152,6 +148,11 @@ def make_trainer(
             model, config, data, tokenizer, epoch_steps, names, listeners
         )
     trainer.config = config
+    if shards() and not trainer.is_fsdp_enabled:
+        raise NotImplementedError(
+            "FSDP: accelerate shards over several accelerators, got CPUs or one process; use "
+            "data parallelism (examples/accelerate/ddp.yaml)"
+        )
     leave_frozen(model)
     trainer.keeps_best = evaluates and config.keep_best
     trainer.add_callback(LogFile(Path(config.output, LOG_FILE)))

@@ -140,7 +140,8 @@ def run_shards(base: Path, out: Path, ends: dict[str, Any]) -> None:
 
     def make(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
 
     AcceleratorState.__init__ = make  # type: ignore[method-assign]
     look = Look()

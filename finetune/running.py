@@ -9,7 +9,7 @@ and, while training, `checkpoint-N` folders.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from modeling_dsv4 import Dsv4Config
 
@@ -57,7 +50,7 @@ from .ranks import (
     vary_dropout,
 )
 from .report import finish_run
-from .sharded import is_sharded, shards, unadapted, whole_adapter
+from .sharded import MeasureBase, is_sharded, shards, whole_adapter
 from .targets import get_preset
 from .trainer import RunTrainer, make_trainer
 
@@ -165,7 +158,8 @@ def _train(
         agree_to_stop(stop)
     if stop.signum is not None:
         raise Interrupted(stop.signum)
-    result = _measure(trainer, config, data, tokenizer, base.found, time.perf_counter() - start, gate)
+    seconds = time.perf_counter() - start
+    result = _measure(trainer, config, data, tokenizer, base.found, seconds, gate)
     state_dict = whole_adapter(trainer.model) if is_sharded(trainer.model) else None
     with together():
         if is_first():
@@ -182,27 +176,6 @@ def _look(config: RunConfig, resume: bool) -> tuple[Path | None, dict[str, Any] 
     if checkpoint is not None:
         check_writers(checkpoint)
     return checkpoint, None
-
-
-class MeasureBase(TrainerCallback):
-    """Measures the base without its adapters when training begins.
-
-    Attributes:
-        found: the measure; None until then.
-    """
-
-    def __init__(self, measure: Callable[[nn.Module], float | None]) -> None:
-        self.measure, self.found = measure, None
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        with unadapted(kwargs["model"]):
-            self.found = self.measure(kwargs["model"])
 
 
 def _write(
@@ -268,7 +241,9 @@ def _try_one_batch(
     """Run the gate where the settings ask for it, and before long runs."""
     an_epoch = steps_per_epoch(config, len(data.train), num_ranks())
     steps = config.max_steps or an_epoch * config.epochs
-    if shards() or config.overfit_gate == "off" or (config.overfit_gate == "auto" and steps < LONG_RUN):
+    wanted = config.overfit_gate == "on" or (config.overfit_gate == "auto" and steps >= LONG_RUN)
+    # Before training the model is whole, which may be more than a process can compute with.
+    if shards() or not wanted:
         return None
     size = min(config.batch_size, len(data.train))
     batch = trainer.data_collator([data.train[i] for i in range(size)])

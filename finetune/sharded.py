@@ -7,7 +7,7 @@ files as without shards.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .config import RunConfig
 from .optimizers import TORCH
@@ -138,3 +139,25 @@ def unadapted(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, was in zip(layers, earlier, strict=True):
             layer._disable_adapters = was
+
+
+class MeasureBase(TrainerCallback):
+    """Measures the base without its adapters when training begins.
+
+    Attributes:
+        found: the measure; None until then.
+    """
+
+    def __init__(self, measure: Callable[[nn.Module], float | None]) -> None:
+        self.measure = measure
+        self.found: float | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        with unadapted(kwargs["model"]):
+            self.found = self.measure(kwargs["model"])

@@ -324,8 +324,9 @@ def test_shards_hold_a_half_each_and_go_on_as_they_stopped(
             assert two["shards resume"][key] == two["shards"][key]
     assert (stopped / ADAPTER).read_bytes() == (out / "shards" / ADAPTER).read_bytes()
     for file in ("optimizer", "scheduler"):
-        found = [load_file(p / f"checkpoint-4/{file}.safetensors") for p in (stopped, out / "shards")]
-        assert all(torch.equal(found[0][key], found[1][key]) for key in found[1])
+        name = f"checkpoint-4/{file}.safetensors"
+        one, other = load_file(stopped / name), load_file(out / "shards" / name)
+        assert all(torch.equal(one[key], other[key]) for key in other)
 
 
 def test_what_shards_cannot_do_says_so(ends: list[dict[str, Any]]) -> None:

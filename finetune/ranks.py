@@ -36,6 +36,12 @@ def join_ranks() -> None:
         PartialState(cpu=not torch.accelerator.is_available())
 
 
+def leave_ranks() -> None:
+    """Part from the other processes, at a good end: torch warns of those that do not."""
+    if _joined():
+        dist.destroy_process_group()
+
+
 def num_ranks() -> int:
     return dist.get_world_size() if _joined() else 1
 

@@ -92,7 +92,7 @@ def train(
         given["overfit_gate"] = "on" if overfit_gate else "off"
     settings = run_config(given, config or [], resume)
     from ..preset_runs import ShowHotExperts
-    from ..ranks import is_first, join_ranks
+    from ..ranks import is_first, join_ranks, leave_ranks
     from ..running import train as run_training
 
     join_ranks()
@@ -105,7 +105,9 @@ def train(
         if is_first():
             typer.echo(stop_line(cut, settings.output), err=True)
         raise typer.Exit(cut.exit_code) from None
-    if not is_first():
+    first = is_first()
+    leave_ranks()
+    if not first:
         return
     values = result.to_dict()
     del values["history"]

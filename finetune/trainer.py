@@ -30,7 +30,7 @@ from .optimizers import make_optimizer, make_rules
 from .pace import MeasuredTrainer
 from .prepare import Prepared, prepare_data
 from .ranks import leave_frozen, num_ranks
-from .sharded import shards
+from .sharded import is_sharded, shards
 
 __all__ = [
     "AdapterTrainer",
@@ -95,7 +95,8 @@ class AdapterTrainer(LayerMajorSteps, RunTrainer):
         batches: Any = self.get_eval_dataloader(eval_dataset)
         if num_ranks() > 1:
             # The loader would give some rows to two processes, so that all have equally many.
-            size = self.args.per_device_eval_batch_size
+            # Shards want short ones: long batches pass the layers in pieces, others do not.
+            size = 1 if is_sharded(self.model) else self.args.per_device_eval_batch_size
             batches = deal_batches(batches.dataset, self.data_collator, size)
         loss = mean_loss(self.model, batches)
         metrics = {

@@ -156,7 +156,7 @@ def in_a_process(directory: Path, **options: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def show(rows: list[tuple[str, Step, float]], rate: float, memory: int) -> bool:
+def show(rows: list[tuple[str, Step, float]], rate: float, memory: int, kept: int) -> bool:
     """Print steps against their limits; whether all keep them."""
     from quantize.sizes import format_size
 
@@ -164,7 +164,12 @@ def show(rows: list[tuple[str, Step, float]], rate: float, memory: int) -> bool:
     for head in ("order", "micro-batches", "read", "hit twice", "ratio", "time", "ideal", "ratio",
                  "peak RSS", "stream checkpoints"):  # fmt: skip
         table.add_column(head, justify="right")
-    shares = [step.counted / step.hit_bytes for order, step, _ in rows if order == "layer-major"]
+    # What lies in memory where the directions turn, and between steps, is not read again.
+    shares = [
+        min(1.0, (step.counted + 2 * kept) / (2 * step.hit_bytes))
+        for order, step, _ in rows
+        if order == "layer-major"
+    ]
     fine = max(shares) - min(shares) < GROWTH
     for order, step, compute in rows:
         limit, ideal = 2 * step.hit_bytes, max(compute, step.read / rate)
@@ -213,7 +218,7 @@ def compare(
     rows = [("layer-major", Step(**s), seconds[s["micro_batches"]]) for s in steps]
     rows += [("ordinary", Step(**s), 0.0) for s in peer]
     rate = sum(rates) / len(rates)
-    fine = show(rows, rate, memory)
+    fine = show(rows, rate, memory, budget)
     console.print(
         f"{experts} experts, {layers} layers: {total / 1e9:.2f} GB of packs, "
         f"{budget / 1e9:.2f} GB of them resident; {tokens} tokens a micro-batch, {threads} "

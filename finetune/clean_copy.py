@@ -2,6 +2,7 @@
 """A data file without what a check found: bad rows, duplicates, overlap, secrets."""
 
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -27,37 +28,34 @@ def write_clean(
 
     Args:
         check: of the file as it is now.
-        path: of the copy, a .jsonl file that is not the checked one.
+        path: of the copy, a .jsonl file that is not there yet, outside checked directories.
         detector: replaces what it finds by placeholders.
 
     Returns:
-        `written`, and `left_out` by reason.
+        `written`, `redacted`, `nulls` (numbers that JSON has not) and `left_out` by reason.
 
     Raises:
-        ValueError: another suffix, the checked file itself, or nothing to write.
+        ValueError: another suffix, a checked or any other file that is there, nothing to write,
+            or a row that UTF-8 cannot say, named.
     """
     path, source = Path(path), open_source(check.data.path)
-    if path.suffix != ".jsonl":
-        raise ValueError(f"clean copy: wanted a .jsonl file, got {path.name}")
-    if path.resolve() == source.path.resolve() or path.resolve().is_relative_to(
-        source.path.resolve()
-    ):
-        raise ValueError(f"clean copy: wanted another file than the checked {source.path}")
+    _check_target(check, path)
     left_out = _left_out(check)
     if len(left_out) == len(check.data.rows) + len(check.data.bad_rows):
         raise ValueError(f"clean copy: wanted good records in {source.path}, got none")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    written, redacted = 0, 0
+    written, redacted, nulls = 0, 0, 0
     try:
         with beside.open("w", encoding="utf-8", newline="\n") as stream:
             for i, row in enumerate(source):
                 if i in left_out:
                     continue
-                values = _clean_row(row)
+                values, missing = _to_json(_clean_row(row))
                 safe = values if detector is None else redact_value(values, detector)
-                stream.write(json.dumps(safe, ensure_ascii=False) + "\n")
+                stream.write(_line(safe, row))
                 written += 1
+                nulls += missing
                 redacted += safe != values
         beside.replace(path)
     finally:
@@ -67,8 +65,51 @@ def write_clean(
         "path": str(path),
         "written": written,
         "redacted": redacted,
+        "nulls": nulls,
         "left_out": dict(reasons),
     }
+
+
+def _check_target(check: DataCheck, path: Path) -> None:
+    if path.suffix != ".jsonl":
+        raise ValueError(f"clean copy: wanted a .jsonl file, got {path.name}")
+    target = path.resolve()
+    for file in check.files:
+        checked = open_source(file.path).path.resolve()
+        # Also `data` of which one split was opened.
+        if any(target.is_relative_to(at) for at in (checked, Path(file.path).resolve())):
+            raise ValueError(f"clean copy: wanted another file than the checked {file.path}")
+    if path.exists():
+        raise ValueError(f"clean copy: {path} is there already; remove it, or name another")
+
+
+def _to_json(value: Any) -> tuple[Any, int]:
+    """A value of what JSON has, and how many numbers became null.
+
+    Times and decimals of tables become text, bytes hexadecimal text.
+    """
+    if isinstance(value, dict):
+        items = {str(key): _to_json(item) for key, item in value.items()}
+        return {key: item for key, (item, _) in items.items()}, sum(n for _, n in items.values())
+    if isinstance(value, list | tuple):
+        found = [_to_json(item) for item in value]
+        return [item for item, _ in found], sum(n for _, n in found)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, 1
+    if isinstance(value, bytes):
+        return value.hex(), 0
+    return (value if value is None or isinstance(value, str | int | float) else str(value)), 0
+
+
+def _line(values: Any, row: Row) -> str:
+    line = json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"clean copy: {row.place}: half of a surrogate pair (\\ud800 to \\udfff); wanted text"
+        ) from None
+    return line
 
 
 def _left_out(check: DataCheck) -> dict[int, str]:

@@ -2,6 +2,7 @@
 """The run: everything that decides what a fine-tuning does, as one frozen record beside it."""
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +192,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            if "float" in str(field.type):
+                object.__setattr__(self, field.name, _read_number(getattr(self, field.name)))
             _check_type(field.name, getattr(self, field.name), field.type)
         _check_preset(self)
         for name, allowed in _CHOICES.items():
@@ -303,6 +306,20 @@ def _read_mapping(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: wanted a mapping of settings, got {type(values).__name__}")
     return values
+
+
+def _read_number(value: Any) -> Any:
+    """The number that a text is, also in a mapping: YAML 1.1 reads 1e-4, without a point, as text.
+
+    Whatever else comes is returned as it is, to be judged.
+    """
+    if isinstance(value, dict):
+        return {key: _read_number(item) for key, item in value.items()}
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        return value
+    return number if math.isfinite(number) else value
 
 
 def _check_type(name: str, value: object, annotation: object) -> None:

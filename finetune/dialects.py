@@ -46,6 +46,35 @@ _SHAREGPT_ROLES = {
     "function_call": "call",
 }
 _REASONING = ("reasoning", "thinking")
+# A column's name is shorter; what is longer may be anybody's secret.
+_LONGEST_KEY = 24
+
+
+def short(value: object) -> str:
+    """A value by type and length: messages are kept and sent on, content may be a secret."""
+    if value is None or isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str):
+        return f"text of {len(value)} characters" if value.strip() else "blank text"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, dict):
+        return f"an object of {len(value)} keys"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    return type(value).__name__
+
+
+def key_name(key: object) -> str:
+    """A key as messages say it: names as they are, anything else by its length."""
+    name = str(key)
+    plain = len(name) <= _LONGEST_KEY and name.isidentifier()
+    return name if plain else f"a key of {len(name)} characters"
+
+
+def is_preference(row: dict[str, Any]) -> bool:
+    """Whether a row holds a pair of answers, which the objectives dpo, orpo and kto learn from."""
+    return all(key in row for key in ("prompt", "chosen", "rejected"))
 
 
 def find_layout(row: dict[str, Any]) -> str:
@@ -54,6 +83,11 @@ def find_layout(row: dict[str, Any]) -> str:
     Raises:
         ValueError: none, or several; says which keys came.
     """
+    if "completion" not in row and is_preference(row):
+        raise ValueError(
+            "wanted an answer to learn, got preferences (`prompt`, `chosen`, `rejected`); these "
+            "are read by `train --objective dpo` (or orpo, kto)"
+        )
     if "completion" in row and "prompt" not in row:
         raise ValueError("`completion` without `prompt`")
     if "instruction" in row and "output" not in row and "text" not in row:
@@ -63,7 +97,7 @@ def find_layout(row: dict[str, Any]) -> str:
     if "instruction" in first and "output" in row:
         first = [key for key in first if key != "text"]
     if len(first) != 1:
-        got = " and ".join(first) or (", ".join(map(str, row)) or "no keys")
+        got = " and ".join(first) or (", ".join(map(key_name, row)) or "no keys")
         raise ValueError(
             "wanted one of `messages`, `conversations`, `instruction` + `output`, `prompt` + "
             f"`completion`, `text`, got {got}"
@@ -103,7 +137,7 @@ def _tools(row: dict[str, Any]) -> dict[str, Any]:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except json.JSONDecodeError:
-            raise ValueError(f"`tools`: wanted a list of schemas, got {tools!r:.40}") from None
+            raise ValueError(f"`tools`: wanted a list of schemas, got {short(tools)}") from None
     if not tools:
         return {}
     if isinstance(tools, list):
@@ -120,7 +154,7 @@ def _tools(row: dict[str, Any]) -> dict[str, Any]:
 def _from_sharegpt(row: dict[str, Any]) -> Any:
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"`conversations`: wanted a list of turns, got {turns!r:.40}")
+        raise ValueError(f"`conversations`: wanted a list of turns, got {short(turns)}")
     messages: list[Any] = []
     if row.get("system"):
         messages.append({"role": "system", "content": row["system"]})
@@ -132,7 +166,7 @@ def _from_sharegpt(row: dict[str, Any]) -> Any:
         if role is None:
             raise ValueError(
                 f"turn {i}: wanted `from` to be one of {', '.join(_SHAREGPT_ROLES)}, "
-                f"got {speaker!r:.40}"
+                f"got {short(speaker)}"
             )
         value = turn.get("value", turn.get("content"))
         if role == "call":
@@ -150,7 +184,7 @@ def _calls(i: int, value: Any) -> list[dict[str, Any]]:
         calls = None
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
-        raise ValueError(f"turn {i}: wanted a call as JSON with `name`, got {value!r:.40}")
+        raise ValueError(f"turn {i}: wanted a call as JSON with `name`, got {short(value)}")
     return [
         {"function": {"name": call["name"], "arguments": call.get("arguments", {})}}
         for call in calls
@@ -165,7 +199,7 @@ def _from_alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(history, list) or not all(
         isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
     ):
-        raise ValueError(f"`history`: wanted a list of [question, answer], got {history!r:.40}")
+        raise ValueError(f"`history`: wanted a list of [question, answer], got {short(history)}")
     for question, answer in history:
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})

@@ -120,6 +120,8 @@ def evaluate_files(
     """
     if data is None and tasks is None and general is None:
         raise ValueError("eval: wanted data, tasks or a general text to measure on, got none")
+    if max_length < 2:
+        raise ValueError(f"eval: wanted max_length of at least 2, got {max_length}")
     if save and adapter is None:
         raise ValueError("eval: wanted an adapter to save the result beside, got none")
     questions = [] if tasks is None else read_tasks(tasks)
@@ -188,6 +190,8 @@ def general_rows(
         ValueError: no such file, or an empty one.
     """
     path = Path(path)
+    if max_length < 2:
+        raise ValueError(f"general text: wanted max_length of at least 2, got {max_length}")
     if path.suffix in (".jsonl", ".json"):
         examples, _ = encode_records(read_records(path), tokenizer, max_length, "all")
     else:

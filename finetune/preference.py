@@ -12,7 +12,6 @@ encoded as in supervised runs, by the model's own prompt format. The optimizatio
 and kto.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,17 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from .arguments import training_settings
 from .config import RunConfig
 from .data import IGNORED, DataReport, Example, Examples, PaddingCollator, encode_record, pad_token
+from .dialects import short
 from .prepare import Prepared
-from .records import Record, split_records
+from .records import (
+    BadRecord,
+    Record,
+    check_messages,
+    parse_value,
+    raise_bad,
+    split_records,
+)
+from .sources import open_source
 from .trainer import RunTrainer
 
 PAIR = ("prompt", "chosen", "rejected")
@@ -42,17 +50,24 @@ _SUPERVISED_ONLY: dict[str, Any] = {
 
 
 def read_preferences(path: str | Path, objective: str) -> list[Record]:
-    """Read a jsonl file of pairs, or for kto of rated answers.
+    """Read a file of pairs, or for kto of rated answers, of any kind that `sources` knows.
 
     Raises:
-        ValueError: lines that are neither, named; none at all.
+        ValueError: lines that are neither, counted, up to five named; none at all.
     """
-    records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    records, bad = [], []
+    for row in open_source(path):
         try:
-            records.append(Record(number, "prompt", _check_line(json.loads(line), objective)))
+            content = _check_line(parse_value(row), objective)
+            record = Record(row.number, "prompt", content, where=row.place)
+            record.digest()
+            records.append(record)
+        except UnicodeEncodeError:
+            reason = r"half of a surrogate pair (\ud800 to \udfff); wanted text"
+            bad.append(BadRecord(row.number, row.place, reason))
         except ValueError as error:
-            raise ValueError(f"{path}: line {number}: {error}") from error
+            bad.append(BadRecord(row.number, row.place, str(error)))
+    raise_bad(path, bad)
     if not records:
         raise ValueError(f"{path}: wanted at least one record, got an empty file")
     return records
@@ -66,15 +81,34 @@ def _check_line(value: Any, objective: str) -> dict[str, Any]:
     if missing:
         raise ValueError(f"wanted {', '.join(keys)}, got no {', '.join(missing)}")
     if keys is RATED and not isinstance(value["label"], bool):
-        raise ValueError(f"`label`: wanted true or false, got {value['label']!r}")
+        raise ValueError(f"`label`: wanted true or false, got {short(value['label'])}")
     chat = isinstance(value["prompt"], list)
     for key in keys:
         if key != "label" and not isinstance(value[key], list if chat else str):
             wanted = "messages, as the prompt is" if chat else "text"
             raise ValueError(f"`{key}`: wanted {wanted}, got {type(value[key]).__name__}")
-        if chat and key in ("chosen", "rejected", "completion") and len(value[key]) != 1:
-            raise ValueError(f"`{key}`: wanted one assistant message, got {len(value[key])}")
+        if key in ("prompt", "label"):
+            continue
+        if chat:
+            _check_answer(value, key)
+        elif not value[key].strip():
+            raise ValueError(f"`{key}`: wanted text, got {short(value[key])}")
+    if keys is PAIR and value["chosen"] == value["rejected"]:
+        raise ValueError("wanted two answers, got `chosen` equal to `rejected`")
     return {key: value[key] for key in keys}
+
+
+def _check_answer(value: dict[str, Any], key: str) -> None:
+    """One assistant message, that goes with the prompt's messages."""
+    answer = value[key]
+    if len(answer) != 1:
+        raise ValueError(f"`{key}`: wanted one assistant message, got {len(answer)}")
+    if not isinstance(answer[0], dict) or answer[0].get("role") != "assistant":
+        raise ValueError(f"`{key}`: wanted one assistant message, got {short(answer[0])}")
+    try:
+        check_messages({"messages": [*value["prompt"], *answer]})
+    except ValueError as error:
+        raise ValueError(f"`prompt` with `{key}`: {error}") from error
 
 
 def encode_answer(
@@ -124,22 +158,46 @@ class Pairs(Examples):
 class Rated(Examples):
     """Rows of one answer and whether it is wanted, in TRL's columns.
 
-    kto estimates a divergence from answers that belong to another prompt: the row before's.
+    kto estimates a divergence from answers that belong to another prompt: those of the nearest
+    earlier row whose prompt differs, before the first row comes the last.
+
+    Raises:
+        ValueError: there are rows, all of one prompt.
     """
 
     def __init__(self, answers: Sequence[tuple[Example, bool]]) -> None:
         super().__init__([example for example, _ in answers])
         self.labels = [label for _, label in answers]
+        self.others = _other_prompts([split_answer(example)[0] for example, _ in answers])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         prompt, completion = split_answer(self.rows[index][0])
-        other = split_answer(self.rows[index - 1][0])[1]
+        other = split_answer(self.rows[self.others[index]][0])[1]
         return {
             "prompt_ids": prompt,
             "completion_ids": completion,
             "KL_completion_ids": other,
             "label": self.labels[index],
         }
+
+
+def _other_prompts(prompts: Sequence[list[int]]) -> list[int]:
+    """For every row the nearest earlier one, in a circle, of another prompt."""
+    if not prompts:
+        return []
+    start = next((i for i in range(-1, -len(prompts), -1) if prompts[i] != prompts[i - 1]), None)
+    if start is None:
+        raise ValueError(
+            "kto: wanted at least two different prompts, as answers to others measure how far the "
+            "model has moved, got one; give more prompts, or eval_fraction 0"
+        )
+    count, found = len(prompts), [0] * len(prompts)
+    # From the first row of a stretch of equal prompts on, each row looks back once.
+    for step in range(count):
+        at = (start + step) % count
+        before = (at - 1) % count
+        found[at] = before if prompts[before] != prompts[at] else found[before]
+    return found
 
 
 def prepare_preferences(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:

@@ -60,22 +60,30 @@ def check_vocabulary(data: Prepared, vocab_size: int) -> None:
 
 
 def fingerprint(config: RunConfig, data: Prepared) -> dict[str, str]:
-    """Hashes of what a run learns from: the file's bytes, and the tokens that came of them.
+    """Hashes of what a run learns from: its files' bytes, and the tokens that came of them.
 
     The latter also change with the tokenizer, the prompt format, the split and the packing.
     """
-    file, encoded = hashlib.sha256(), hashlib.sha256()
-    source = Path(config.data)
-    paths = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
-    for path in paths:
-        with path.open("rb") as opened:
-            while chunk := opened.read(1 << 22):
-                file.update(chunk)
+    encoded = hashlib.sha256()
+    found = {"data_sha256": _hash_source(config.data)}
+    if config.eval_data is not None:
+        found["eval_data_sha256"] = _hash_source(config.eval_data)
     for rows in (data.train, data.held_out):
         for row in rows.rows if rows else ():
             encoded.update(repr([(one.input_ids, one.labels) for one in row]).encode())
         encoded.update(b"held out")
-    return {"data_sha256": file.hexdigest(), "examples_sha256": encoded.hexdigest()}
+    return {**found, "examples_sha256": encoded.hexdigest()}
+
+
+def _hash_source(path: str) -> str:
+    """Hash of a file, or of all files in a directory, in the order of their names."""
+    file, source = hashlib.sha256(), Path(path)
+    paths = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+    for one in paths:
+        with one.open("rb") as opened:
+            while chunk := opened.read(1 << 22):
+                file.update(chunk)
+    return file.hexdigest()
 
 
 def check_fingerprint(found: dict[str, str], earlier: dict[str, str]) -> None:
@@ -86,11 +94,15 @@ def check_fingerprint(found: dict[str, str], earlier: dict[str, str]) -> None:
     """
     words = {
         "data_sha256": "the data file changed",
+        "eval_data_sha256": "the file of eval_data changed",
         "examples_sha256": "the same file is encoded otherwise (tokenizer or prompt format)",
     }
     for key, what in words.items():
-        if found[key] != earlier.get(key):
+        # Runs begun before held-out files were hashed have no such key.
+        if key == "eval_data_sha256" and key not in earlier:
+            continue
+        if found.get(key) != earlier.get(key):
             raise ValueError(
-                f"resume: {what}: wanted {key} {earlier.get(key)}, got {found[key]}; bring the "
+                f"resume: {what}: wanted {key} {earlier.get(key)}, got {found.get(key)}; bring the "
                 "earlier one back, or start anew in another directory"
             )

@@ -13,14 +13,13 @@ be mixed within a file; other keys of a row (ids, sources) are left alone.
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from .dialects import LAYOUTS, find_layout, to_content
+from .dialects import find_layout, short, to_content
 from .sources import Row, open_source
 
 Form = Literal["messages", "prompt", "text"]
@@ -28,7 +27,6 @@ ROLES = ("system", "latest_reminder", "user", "tool", "assistant")
 # A message names what is wrong with this many lines, and counts the others.
 _SHOWN = 5
 _FORMS: dict[str, Form] = {"prompt_completion": "prompt", "text": "text"}
-_LAYOUTS = {"messages": "chat", "prompt": "prompt_completion", "text": "text"}
 
 
 @dataclass(frozen=True)
@@ -115,9 +113,16 @@ def parse_row(row: Row) -> Record:
         ValueError: what was wanted and what came, without the file's name.
     """
     where = "" if row.place == f"line {row.number}" else row.place
-    if isinstance(row.value, bytes):
-        return parse_record(row.value, row.number, where)
-    return _checked(row.value, row.number, where)
+    return _checked(parse_value(row), row.number, where)
+
+
+def parse_value(row: Row) -> Any:
+    """What a row's JSON says, of whatever layout.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    return _parse_json(row.value) if isinstance(row.value, bytes) else row.value
 
 
 def parse_record(raw: bytes | str, line: int, where: str = "") -> Record:
@@ -126,15 +131,18 @@ def parse_record(raw: bytes | str, line: int, where: str = "") -> Record:
     Raises:
         ValueError: what was wanted and what came, without the file's name.
     """
+    return _checked(_parse_json(raw), line, where)
+
+
+def _parse_json(raw: bytes | str) -> Any:
     if not raw.strip():
         raise ValueError("empty line")
     try:
-        value = json.loads(raw)
+        return json.loads(raw)
     except RecursionError:
         raise ValueError("nested too deeply; wanted text in flat objects") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"not JSON ({error})") from error
-    return _checked(value, line, where)
 
 
 def _checked(value: object, line: int, where: str) -> Record:
@@ -187,17 +195,6 @@ def split_records(
     return train, [record for record, away in zip(records, held, strict=True) if away]
 
 
-def count_forms(records: Sequence[Record]) -> dict[str, int]:
-    """Records per layout, and how many repeat an earlier one."""
-    layouts = Counter(record.layout or _LAYOUTS[record.form] for record in records)
-    repeats = len(records) - len({record.digest() for record in records})
-    return {
-        "records": len(records),
-        **{name: layouts[name] for name in LAYOUTS},
-        "duplicates": repeats,
-    }
-
-
 def _build_record(value: object, line: int, where: str) -> Record:
     if not isinstance(value, dict):
         raise ValueError(f"wanted an object, got {type(value).__name__}")
@@ -205,7 +202,7 @@ def _build_record(value: object, line: int, where: str) -> Record:
     content = to_content(value, layout)
     form = _FORMS.get(layout, "messages")
     if form == "messages":
-        _check_messages(content)
+        check_messages(content)
         _check_tools(content)
     else:
         for key in content:
@@ -217,17 +214,17 @@ def _check_text(value: dict[str, Any], key: str) -> None:
     text = value.get(key)
     if not isinstance(text, str) or not text.strip():
         hint = "; put all messages into `messages`" if isinstance(text, list) else ""
-        raise ValueError(f"`{key}`: wanted text, got {_short(text)}{hint}")
+        raise ValueError(f"`{key}`: wanted text, got {short(text)}{hint}")
 
 
-def _check_messages(value: dict[str, Any]) -> None:
+def check_messages(value: dict[str, Any]) -> None:
     messages = value["messages"]
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"`messages`: wanted a list of messages, got {_short(messages)}")
+        raise ValueError(f"`messages`: wanted a list of messages, got {short(messages)}")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             got = message.get("role") if isinstance(message, dict) else message
-            raise ValueError(f"message {i}: wanted a role of {', '.join(ROLES)}, got {_short(got)}")
+            raise ValueError(f"message {i}: wanted a role of {', '.join(ROLES)}, got {short(got)}")
         _check_message(i, message)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("`messages`: wanted an assistant answer to learn from, got none")
@@ -237,7 +234,7 @@ def _check_tools(value: dict[str, Any]) -> None:
     """The schemas, if there are any; what is in them is the encoder's to judge."""
     tools = value.get("tools")
     if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"`tools`: wanted a list of schemas, got {_short(tools)}")
+        raise ValueError(f"`tools`: wanted a list of schemas, got {short(tools)}")
 
 
 def _check_message(i: int, message: dict[str, Any]) -> None:
@@ -250,9 +247,4 @@ def _check_message(i: int, message: dict[str, Any]) -> None:
     if message["role"] == "user" and isinstance(content, list) and content:
         return
     if not isinstance(content, str) or not content.strip():
-        raise ValueError(f"message {i} ({message['role']}): wanted text, got {_short(content)}")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+        raise ValueError(f"message {i} ({message['role']}): wanted text, got {short(content)}")

@@ -30,7 +30,7 @@ class Finding:
 
 def scan_record(record: Record, detector: Detector) -> Iterator[Finding]:
     """Everything found in any text of a record, in order."""
-    for key, text in _texts(record.content, ""):
+    for key, text in _texts(record.content, "", detector):
         spans = detector.find(text)
         for span in spans:
             shown = excerpt(text, spans, span)
@@ -46,7 +46,7 @@ def redact_value(value: Any, detector: Detector) -> Any:
             return value if redacted == parsed else json.dumps(redacted, ensure_ascii=False)
         return detector.redact(value)
     if isinstance(value, dict):
-        return {key: redact_value(item, detector) for key, item in value.items()}
+        return _redact_keys(value, detector)
     if isinstance(value, list):
         return [redact_value(item, detector) for item in value]
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= _LONG_NUMBER:
@@ -55,16 +55,33 @@ def redact_value(value: Any, detector: Detector) -> Any:
     return value
 
 
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """(where, text) of every string and long number."""
+def _redact_keys(value: dict[str, Any], detector: Detector) -> dict[str, Any]:
+    """Redacted items; keys that become the same placeholder are numbered."""
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        name = safe = detector.redact(str(key))
+        again = 2
+        # Keys that hold nothing keep their names.
+        while safe in found or (safe != key and safe in value):
+            safe, again = f"{name} {again}", again + 1
+        found[safe] = redact_value(item, detector)
+    return found
+
+
+def _texts(value: Any, key: str, detector: Detector) -> Iterator[tuple[str, str]]:
+    """(where, text) of every string, key and long number; where without what is found in keys."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
         for name, item in value.items():
-            yield from _texts(item, f"{key}.{name}" if key else str(name))
+            safe = detector.redact(str(name))
+            path = f"{key}.{safe}" if key else safe
+            if safe != name:
+                yield path, str(name)
+            yield from _texts(item, path, detector)
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            yield from _texts(item, f"{key}[{i}]")
+            yield from _texts(item, f"{key}[{i}]", detector)
     elif isinstance(value, int) and not isinstance(value, bool) and abs(value) >= _LONG_NUMBER:
         yield key, str(value)
 

@@ -169,6 +169,10 @@ def _line_rows(file: Path, name: str) -> Iterator[Row]:
                 yield Row(number, f"{name}line {number}", raw.removesuffix(b"\n"))
     except (EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{file}: wanted a whole gzip file, got: {error}") from error
+    except OSError as error:
+        if not file.name.lower().endswith(".zst"):
+            raise
+        raise ValueError(f"{file}: wanted a whole zst file, got: {error}") from error
 
 
 def _open_lines(file: Path) -> Any:

@@ -11,7 +11,6 @@
 Of texts whose answer is known the loss is measured too: it moves long before a greedy answer does.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,11 +25,12 @@ from transformers import PreTrainedTokenizerBase
 from modeling_dsv4.chat import choose_variant, encode_messages
 
 from .data import pad_token
-from .records import ROLES, Record
+from .dialects import key_name, short
+from .records import ROLES, BadRecord, Record, parse_value, raise_bad
+from .sources import Row, open_source
 
 Kind = Literal["exact", "regex", "choice"]
 _KEYS = frozenset({"prompt", "messages", "answer", "regex", "choices", "stop"})
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,18 @@ class Outcome:
 
 
 def read_tasks(path: str | Path) -> list[Task]:
-    """Read a jsonl file of tasks.
+    """Read a file of tasks, of any kind that `sources` knows.
 
     Raises:
         ValueError: no file, no task, or lines that are none; names up to five.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: wanted a .jsonl file of tasks, found none")
     tasks, wrong = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for row in open_source(path):
         try:
-            tasks.append(parse_task(line, number))
+            tasks.append(_check_task(parse_value(row), row.number))
         except ValueError as error:
-            wrong.append(f"line {number}: {error}")
-    if wrong:
-        more = f"; and {len(wrong) - _SHOWN} more lines" if len(wrong) > _SHOWN else ""
-        raise ValueError(f"{path}: {'; '.join(wrong[:_SHOWN])}{more}")
+            wrong.append(BadRecord(row.number, row.place, str(error)))
+    raise_bad(path, wrong)
     if not tasks:
         raise ValueError(f"{path}: wanted at least one task, got an empty file")
     return tasks
@@ -94,16 +89,21 @@ def read_tasks(path: str | Path) -> list[Task]:
 
 def parse_task(line: str, number: int) -> Task:
     """Read one line; ValueError says what was wanted and what came."""
-    value = json.loads(line)
+    return _check_task(parse_value(Row(number, f"line {number}", line.encode())), number)
+
+
+def _check_task(value: Any, number: int) -> Task:
     if not isinstance(value, dict):
         raise ValueError(f"wanted an object, got {type(value).__name__}")
     unknown = sorted(set(value) - _KEYS)
     if unknown:
-        raise ValueError(f"wanted keys of {', '.join(sorted(_KEYS))}, got {', '.join(unknown)}")
+        raise ValueError(
+            f"wanted keys of {', '.join(sorted(_KEYS))}, got {', '.join(map(key_name, unknown))}"
+        )
     prompt, messages = _question(value)
     stop = value.get("stop")
     if stop is not None and not (isinstance(stop, str) and stop):
-        raise ValueError(f"`stop`: wanted text, got {stop!r}")
+        raise ValueError(f"`stop`: wanted text, got {short(stop)}")
     more: dict[str, Any] = {"prompt": prompt, "messages": messages, "stop": stop}
     if "choices" in value:
         choices, right = _choices(value)
@@ -118,7 +118,7 @@ def parse_task(line: str, number: int) -> Task:
         return Task(number, "regex", regex=value["regex"], **more)
     answers = value["answer"] if isinstance(value["answer"], list) else [value["answer"]]
     if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise ValueError(f"`answer`: wanted text or a list of texts, got {value['answer']!r}")
+        raise ValueError(f"`answer`: wanted text or a list of texts, got {short(value['answer'])}")
     return Task(number, "exact", answers=tuple(answers), **more)
 
 
@@ -127,7 +127,7 @@ def _question(value: dict[str, Any]) -> tuple[str, tuple[dict[str, Any], ...]]:
         raise ValueError("wanted one of `prompt` and `messages`")
     if "prompt" in value:
         if not isinstance(value["prompt"], str) or not value["prompt"]:
-            raise ValueError(f"`prompt`: wanted text, got {value['prompt']!r}")
+            raise ValueError(f"`prompt`: wanted text, got {short(value['prompt'])}")
         return value["prompt"], ()
     messages = value["messages"]
     good = isinstance(messages, list) and all(
@@ -146,11 +146,11 @@ def _choices(value: dict[str, Any]) -> tuple[tuple[str, ...], str]:
         or len(set(map(str, choices))) < 2
         or not all(isinstance(c, str) and c for c in choices)
     ):
-        raise ValueError(f"`choices`: wanted at least two different texts, got {choices!r}")
+        raise ValueError(f"`choices`: wanted at least two different texts, got {short(choices)}")
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         answer = choices[answer]
     if not isinstance(answer, str) or answer not in choices:
-        raise ValueError(f"`answer`: wanted one of the choices or its place, got {answer!r}")
+        raise ValueError(f"`answer`: wanted one of the choices or its place, got {short(answer)}")
     return tuple(choices), answer
 
 

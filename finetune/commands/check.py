@@ -93,7 +93,8 @@ def _print_verdict(values: dict[str, Any], console: Console) -> None:
     if clean is not None:
         reasons = ", ".join(f"{n} {reason}" for reason, n in clean["left_out"].items()) or "nothing"
         text = f"clean copy: {clean['path']}, {clean['written']} records, {clean['redacted']} "
-        console.print(f"{text}redacted; left out: {reasons}", markup=False, soft_wrap=True)
+        nulls = f"{clean['nulls']} numbers are null, as JSON has no NaN; " if clean["nulls"] else ""
+        console.print(f"{text}redacted; {nulls}left out: {reasons}", markup=False, soft_wrap=True)
     if not values["errors"]:
         console.print("no errors")
 

@@ -39,7 +39,7 @@ def test_later_files_win(tmp_path: Path) -> None:
         (BASE | {"rank": "8"}, "rank: wanted int, got '8'"),
         (BASE | {"packing": 1}, "packing: wanted bool"),
         (BASE | {"learning_rate": -1.0}, "learning_rate: wanted more than 0"),
-        (BASE | {"learning_rate": "2e-4"}, "learning_rate: wanted float"),
+        (BASE | {"learning_rate": "fast"}, "learning_rate: wanted float"),
         (BASE | {"eval_fraction": 1.0}, "eval_fraction: wanted at least 0 and less than 1"),
         (BASE | {"loss_on": "prompts"}, "loss_on: wanted one of answers, all"),
         (BASE | {"preset": "everything"}, "preset: wanted one of"),
@@ -50,7 +50,7 @@ def test_later_files_win(tmp_path: Path) -> None:
         (BASE | {"lora_plus_ratio": 0}, "lora_plus_ratio: wanted more than 0"),
         (BASE | {"lr_ratios": ["x"]}, "lr_ratios: wanted"),
         (BASE | {"lr_ratios": {"(": 2.0}}, "lr_ratios: wanted patterns of names"),
-        (BASE | {"lr_ratios": {"x": "2"}}, "lr_ratios: wanted numbers above 0, got '2' for x"),
+        (BASE | {"lr_ratios": {"x": "b"}}, "lr_ratios: wanted numbers above 0, got 'b' for x"),
     ],
 )
 def test_bad_settings_are_named(values: dict, message: str) -> None:
@@ -76,3 +76,10 @@ def test_a_run_continues_only_with_its_own_settings() -> None:
     ).check_continues(earlier)
     with pytest.raises(ValueError, match=r"rank 4 -> 8; seed 0 -> 1"):
         RunConfig(**BASE, rank=8, seed=1).check_continues(earlier)
+
+
+def test_a_number_without_a_point_is_a_number(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: d\noutput: o\nlearning_rate: 1e-4\nlr_ratios: {x: 2e0}\n")
+    config = RunConfig.from_yaml(file)
+    assert (config.learning_rate, config.lr_ratios) == (1e-4, {"x": 2.0})

@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ def test_a_clean_copy_holds_what_is_good(data: Path, held_out: Path, tmp_path: P
         "path": str(copy),
         "written": 4,
         "redacted": 1,
+        "nulls": 0,
         "left_out": {"bad": 2, "normalised duplicate": 1, "exact duplicate": 1, "overlap": 1},
     }
     rows = [json.loads(line) for line in copy.read_text(encoding="utf-8").splitlines()]
@@ -137,6 +139,9 @@ def test_a_clean_copy_holds_what_is_good(data: Path, held_out: Path, tmp_path: P
     assert [p.name for p in copy.parent.iterdir()] == ["clean.jsonl"]
     again = check_data(copy, eval_data=held_out, detector=detector)
     assert (again.errors(), again.warnings()) == ([], [])
+    with pytest.raises(ValueError, match="is there already; remove it, or name another"):
+        write_clean(check, copy)
+    copy.unlink()
     write_clean(check, copy)
     assert MAIL in copy.read_text(encoding="utf-8")
 
@@ -191,7 +196,7 @@ def test_secrets_in_bad_lines_are_hidden_too(program: Program, tmp_path: Path) -
     file = _write(tmp_path / "d.jsonl", {"text": "good"}, {"messages": [{"role": MAIL}]})
     code, out, err = program(file)
     assert code == 1
-    assert "[EMAIL]" in err
+    assert f"got text of {len(MAIL)} characters" in err
     assert MAIL not in out + err
 
 
@@ -210,3 +215,28 @@ def test_the_program_writes_a_clean_copy_and_says_what_is_missing(
 )
 def test_wrong_usage_exits_with_2(program: Program, data: Path, words: tuple[Any, ...]) -> None:
     assert program(data, *words)[0] == 2
+
+
+def test_a_clean_copy_replaces_no_checked_file(data: Path, held_out: Path, tmp_path: Path) -> None:
+    before = held_out.read_bytes()
+    check = check_data(data, eval_data=held_out)
+    with pytest.raises(ValueError, match="wanted another file than the checked"):
+        write_clean(check, held_out)
+    assert held_out.read_bytes() == before
+
+
+def test_a_clean_copy_is_json_whatever_the_columns_hold(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"text": "one", "at": datetime(2026, 1, 2), "x": float("nan")}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    copy = tmp_path / "clean.jsonl"
+    assert write_clean(check_data(tmp_path / "t.parquet"), copy)["nulls"] == 1
+    got = json.loads(copy.read_text(encoding="utf-8"))
+    assert got == {"text": "one", "at": "2026-01-02 00:00:00", "x": None}
+
+
+def test_half_a_surrogate_in_another_column_is_named(tmp_path: Path) -> None:
+    file = _write(tmp_path / "d.jsonl", {"text": "one"}, r'{"text": "two", "id": "\ud800"}')
+    with pytest.raises(ValueError, match="clean copy: line 2: half of a surrogate pair"):
+        write_clean(check_data(file), tmp_path / "clean.jsonl")

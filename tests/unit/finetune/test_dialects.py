@@ -87,3 +87,26 @@ def test_reasoning_has_one_name(key: str) -> None:
 def test_what_cannot_be_brought_into_a_form_is_said(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_record(json.dumps(row), 1)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "hunter2"}]},
+        {"text": {"hunter2": 1}},
+        {"conversations": [{"from": "hunter2"}]},
+        {"instruction": "q", "output": "a", "history": ["hunter2"]},
+        {"messages": [], "tools": "hunter2"},
+        {"hunter2 is no name": 1},
+    ],
+)
+def test_a_reason_never_shows_content(row: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="wanted") as caught:
+        parse_record(json.dumps(row), 1)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_preferences_are_recognised() -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    with pytest.raises(ValueError, match=r"got preferences .* `train --objective dpo`"):
+        parse_record(json.dumps(row), 1)

@@ -234,3 +234,35 @@ def test_rated_answers_serve_kto_and_packing_is_refused(
     assert [prepared.train[i]["label"] for i in range(6)] == [True, False] * 3
     with pytest.raises(ValueError, match="packing: wanted false for objective kto"):
         prepare_preferences(dataclasses.replace(config, packing=True), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": [{"role": "user", "content": "q"}], "chosen": ["hi"], "rejected": ["ho"]},
+        {"prompt": "p", "chosen": "x", "rejected": "x"},
+        {"prompt": "p", "chosen": " ", "rejected": "x"},
+    ],
+)
+def test_all_bad_pairs_are_counted(tmp_path: Path, line: dict[str, Any]) -> None:
+    good = {"prompt": "a\u2028b", "chosen": "x", "rejected": "y"}
+    file = tmp_path / "x.jsonl"
+    lines = [json.dumps(one, ensure_ascii=False) for one in [good, *[line] * 7]]
+    file.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"jsonl: line 2: .*line 6: .*and 2 more lines"):
+        read_preferences(file, "dpo")
+
+
+def test_the_divergence_is_measured_on_answers_to_other_prompts(
+    tokenizer: PreTrainedTokenizerFast, make_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    train = prepare_preferences(make_run("kto", eval_fraction=0.0), tokenizer).train
+    rows = [train[i] for i in range(len(train))]
+    for i, row in enumerate(rows):
+        other = rows[(i - 1 - i % 2) % len(rows)]
+        assert other["prompt_ids"] != row["prompt_ids"]
+        assert row["KL_completion_ids"] == other["completion_ids"]
+    pairs = [{"prompt": "p", "chosen": f"a{i}", "rejected": "b"} for i in range(3)]
+    single = make_run("kto", data=str(_write(tmp_path / "1.jsonl", pairs)), eval_fraction=0.0)
+    with pytest.raises(ValueError, match="kto: wanted at least two different prompts"):
+        prepare_preferences(single, tokenizer)

@@ -72,3 +72,14 @@ def test_what_holds_nothing_is_not_touched(detector: Detector) -> None:
 def test_pairs_and_texts_are_searched_too(detector: Detector) -> None:
     pair = Record(1, "prompt", {"prompt": MAIL, "completion": f"and {MAIL}"})
     assert [one.key for one in scan_record(pair, detector)] == ["prompt", "completion"]
+
+
+def test_keys_are_searched_and_never_shown(detector: Detector) -> None:
+    row = _row({MAIL: 1, "sam@mail.corp-site.de": {"inner": MAIL}, "n": 2})
+    found = list(scan_record(parse_record(json.dumps(row), 1), detector))
+    path = "messages[1].tool_calls[0].function.arguments.[EMAIL]"
+    assert [one.key for one in found][2:] == [path, path, f"{path}.inner"]
+    safe = redact_value(row, detector)
+    assert "corp-site" not in json.dumps(safe) + json.dumps([one.to_dict() for one in found])
+    call = safe["messages"][1]["tool_calls"][0]["function"]
+    assert call["arguments"] == {"[EMAIL]": 1, "[EMAIL] 2": {"inner": "[EMAIL]"}, "n": 2}

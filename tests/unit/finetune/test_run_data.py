@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune.config import RunConfig
 from finetune.data import Example, encode_records
-from finetune.prepare import prepare_data
+from finetune.prepare import check_fingerprint, fingerprint, prepare_data
 from finetune.records import read_records, split_records
 from finetune.run_data import build_held_out, build_run_data
 
@@ -158,3 +158,18 @@ def test_settings_of_supervised_data_are_refused_for_preferences(
     name = next(iter(changes))
     with pytest.raises(ValueError, match=f"{name}: wanted .* for objective dpo, got"):
         prepare_data(_config("d.jsonl", objective="dpo", **changes), tokenizer)
+
+
+def test_a_held_out_file_is_part_of_the_fingerprint(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    train, held = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    _write(train, {"text": "one"})
+    _write(held, {"text": "two"})
+    config = _config(str(train), eval_data=str(held))
+    before = fingerprint(config, prepare_data(config, tokenizer))
+    held.write_text('{"text":  "two"}\n')
+    after = fingerprint(config, prepare_data(config, tokenizer))
+    check_fingerprint(after, {k: v for k, v in before.items() if k != "eval_data_sha256"})
+    with pytest.raises(ValueError, match="the file of eval_data changed"):
+        check_fingerprint(after, before)

@@ -221,3 +221,11 @@ def test_the_datasets_library_is_told_to_stay_offline(tmp_path: Path) -> None:
     _write_saved(tmp_path / "saved")
     assert len(read_records(tmp_path / "saved")) == 3
     assert datasets.config.HF_DATASETS_OFFLINE
+
+
+def test_a_damaged_zst_file_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    file = tmp_path / "d.jsonl.zst"
+    file.write_bytes(b"no zst at all")
+    with pytest.raises(ValueError, match=r"d\.jsonl\.zst: wanted a whole zst file"):
+        list(open_source(file))

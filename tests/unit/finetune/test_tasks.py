@@ -33,7 +33,7 @@ def _task(**values: Any) -> Any:
     ("line", "reason"),
     [
         ("[]", "wanted an object, got list"),
-        ("{", "Expecting property name"),
+        ("{", "not JSON"),
         ('{"prompt": "x"}', "wanted one of `answer`, `regex`, or `choices`"),
         ('{"prompt": "x", "answer": "y", "regex": "z"}', "wanted one of `answer`, `regex`"),
         ('{"prompt": "x", "answer": ""}', "`answer`: wanted text"),
@@ -172,3 +172,10 @@ def test_samples_ask_what_training_data_answer(tokenizer: PreTrainedTokenizerFas
     text = tokenizer.decode(prompt_ids(tasks[1], tokenizer))
     assert "How?" in text
     assert "So." not in text
+
+
+def test_tasks_are_read_like_records(tmp_path: Path) -> None:
+    file = tmp_path / "tasks.jsonl"
+    line = json.dumps({"prompt": "a\u2028b", "answer": "y"}, ensure_ascii=False)
+    file.write_text("\ufeff" + line + "\n", encoding="utf-8")
+    assert [task.prompt for task in read_tasks(file)] == ["a\u2028b"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from .hot_experts import HOT_KEY, HotExperts, check_hot
@@ -146,16 +147,34 @@ def load_adapters(
         ValueError: no adapter there, or one of another model.
     """
     register()
+    check_adapter_files(directory)
+    return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+
+
+def check_adapter_files(directory: str | Path) -> None:
+    """Refuse a directory that holds no LoRA adapter; PEFT would ask the Hub for missing weights.
+
+    Raises:
+        ValueError: a file is missing or unreadable.
+    """
     file = Path(directory, "adapter_config.json")
-    if not file.is_file():
-        raise ValueError(f"adapter: wanted {file}, found none; give the directory of an adapter")
+    weights = Path(directory, "adapter_model.safetensors")
+    for wanted in (file, weights):
+        if not wanted.is_file():
+            raise ValueError(
+                f"adapter: wanted {wanted}, found none; give the directory of an adapter"
+            )
+    try:
+        with safe_open(str(weights), framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: wanted a whole safetensors file, got: {error}") from error
     try:
         kind = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file}: wanted PEFT's JSON, got {error}") from error
     if kind != "LORA":
         raise ValueError(f"{file}: wanted a LORA adapter, got {kind}")
-    return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
 
 
 def merge_adapters(peft_model: PeftModel) -> PreTrainedModel:

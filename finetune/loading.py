@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base models and tokenizers, from a directory or the Hub."""
+"""Base models and tokenizers, from a directory of this machine: nothing asks a network."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,12 @@ def load_model(
     expert_memory: str | None = None,
     engram_memory: str | None = None,
 ) -> PreTrainedModel:
-    """Load a causal LM; memory budgets apply to quantized models and default to what fits."""
+    """Load a causal LM; memory budgets apply to quantized models and default to what fits.
+
+    Raises:
+        ValueError: no directory.
+    """
+    _check_directory(model)
     more: dict[str, Any] = {"expert_memory": expert_memory, "engram_memory": engram_memory}
     more = {key: value for key, value in more.items() if value is not None}
     if dequantize:
@@ -31,10 +36,20 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside a model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or no directory.
     """
+    _check_directory(model)
     try:
         return AutoTokenizer.from_pretrained(str(model))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{model}: wanted a model with a tokenizer, got: {reason}") from error
+
+
+def _check_directory(model: str | Path) -> None:
+    """Refuse what is no directory: transformers would ask the Hub for a repository of that name."""
+    if not Path(model).is_dir():
+        raise ValueError(
+            f"model: wanted a directory with a model, found none at {model}; fetch a repository of "
+            "the Hub first (hf download NAME --local-dir DIR) and give DIR"
+        )

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .build import library
 
 Ids = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -80,6 +79,9 @@ def _pointers(spans: Spans) -> tuple[int, ...]:
 
 @functools.cache
 def _function(name: str, arguments: int) -> Callable[..., Any] | None:
+    # Late: importing the model must not look for a compiler.
+    from .build import library
+
     lib = library()
     if lib is None:
         return None

@@ -382,11 +382,38 @@ def test_every_command_explains_itself(call: Call, command: str) -> None:
     assert (code, f"Example: dsv4-finetune {command}" in out) == (0, True)
 
 
-def test_reserved_presets_end_with_a_reason(call: Call, base: Path, data: Path) -> None:
-    words = ("--model", base, "--data", data, "--output", "o", "--preset", "memory")
-    code, out, err = call("train", *words)
-    assert (code, out) == (1, "")
-    assert "is not there yet; there are: attention" in " ".join(err.split())
+def test_what_is_no_directory_asks_no_network(
+    call: Call, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("a name was looked up")
+
+    monkeypatch.setattr("socket.getaddrinfo", asked)
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ("train", "--model", "nobody/model", "--data", data, "--output", "o"),
+        ("check", data, "--model", "nomodel"),
+        ("eval", "--model", "nomodel", "--data", data),
+    ):
+        code, _, err = call(*words)
+        assert code == 1
+        assert "wanted a directory with a model, found none at no" in " ".join(err.split())
+
+
+def test_an_adapter_without_weights_is_refused_before_the_model_is_loaded(
+    call: Call, base: Path, data: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    words = ("eval", "--model", base, "--data", data, "--adapter")
+    code, _, err = call(*words, adapter)
+    assert code == 1
+    assert "adapter_model.safetensors, found none" in " ".join(err.split())
+    (adapter / "adapter_model.safetensors").write_bytes(b"12345678901")
+    code, _, err = call(*words, adapter)
+    assert code == 1
+    assert "wanted a whole safetensors file" in " ".join(err.split())
 
 
 def test_data_is_refused_before_the_model_is_loaded(call: Call, tmp_path: Path, base: Path) -> None:

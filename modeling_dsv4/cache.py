@@ -101,7 +101,7 @@ class Dsv4Cache(Cache):
         offload: str | Path | None = None,
     ) -> None:
         check_storage(storage)
-        check_offload(offload, max_length)
+        offload = check_offload(offload, max_length)
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length: wanted at least 1 column, got {max_length}")
         layers = range(config.num_hidden_layers)
@@ -155,8 +155,8 @@ class Dsv4Cache(Cache):
             )
         if self._open:
             raise ValueError(
-                "past_key_values: the last pass with this cache did not finish and has overwritten "
-                "older tokens; call reset() and start again from the prompt"
+                "past_key_values: the last pass or reordering of this cache did not finish and has "
+                "overwritten older tokens; call reset() and start again from the prompt"
             )
         shorter = 0 if self._shorter is None else int(self._shorter.max())
         if self.max_length is not None and self.columns - shorter + columns > self.max_length:
@@ -225,7 +225,7 @@ class Dsv4Cache(Cache):
 
     @property
     def finished(self) -> bool:
-        """Whether the last pass went through all layers; if not, only `reset` helps."""
+        """Whether the last pass or reordering went through all layers; if not, `reset` helps."""
         return not self._open
 
     @property
@@ -325,15 +325,21 @@ class Dsv4Cache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, in that order."""
-        for _, store in self.named_stores():
-            store.select(indices, in_place=self.is_static)
+        state, open_before = None, self._open
         if self.state is not None:
+            # First, since rows that are not there are noticed here and nothing has moved yet.
             s, at = self.state, indices.to(self.state.seen.device)
             entries = {w: n[at] for w, n in s.entries.items()}
-            self._keep(RowState(s.seen[at], s.start[at], s.offset[at], entries, s.blank))
+            state = RowState(s.seen[at], s.start[at], s.offset[at], entries, s.blank)
+        self._open = True
+        for _, store in self.named_stores():
+            store.select(indices, in_place=self.is_static)
+        if state is not None:
+            self._keep(state)
         self.drafts.select(indices)
         if self._shorter is not None:
             self._shorter = self._shorter[indices.to(self._shorter.device)]
+        self._open = open_before
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, in place."""

@@ -17,6 +17,7 @@ same: where entries lie is a matter of memory alone.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,20 @@ Codec: TypeAlias = RowCodec | PlainCodec
 
 # Bytes that one block of a read in order takes.
 BLOCK_BYTES = 8 << 20
+# Names of devices and settings that a path without a slash was hardly meant to be.
+_NO_DIRECTORIES = (
+    "cpu",
+    "cuda",
+    "gpu",
+    "xpu",
+    "mps",
+    "meta",
+    "disk",
+    "auto",
+    "none",
+    "true",
+    "false",
+)
 # Rows that a decoding step gathers are kept for the layers that reuse its ids.
 _KEPT_IDS = 1 << 13
 
@@ -204,24 +219,32 @@ class FarStore(Rows):
         counts.kv_seconds += time.perf_counter() - began
 
 
-def check_offload(offload: str | Path | None, max_length: int | None) -> None:
+def check_offload(offload: str | Path | None, max_length: int | None) -> str | Path | None:
     """Refuse what cannot be offloaded; make the directory.
+
+    Returns:
+        The same, a directory as a path with the user's home in place of "~".
 
     Raises:
         ValueError: a static cache, or a path that is no directory and cannot become one.
     """
     if offload is None:
-        return
+        return None
     if max_length is not None:
         raise ValueError(
             "got offload and max_length: entries that lie elsewhere have no fixed place in the "
             "memory of a compiled step; wanted one of the two"
         )
-    if offload == "cpu":
-        return
+    if isinstance(offload, str) and offload == "cpu":
+        return offload
+    wanted = 'offload: wanted "cpu" or a directory for the entries, got'
+    if not isinstance(offload, str | os.PathLike) or not str(offload):
+        raise ValueError(f"{wanted} {offload!r}; name a directory")
+    if isinstance(offload, str) and offload.lower().split(":")[0] in _NO_DIRECTORIES:
+        raise ValueError(f'{wanted} {offload!r}; a directory of that name is "./{offload}"')
     try:
-        Path(offload).mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f'offload: wanted "cpu" or a directory for the entries, got {str(offload)!r}: {error}'
-        ) from None
+        directory = Path(offload).expanduser()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{wanted} {str(offload)!r}: {error}") from None
+    return directory

@@ -8,7 +8,8 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .cpu.rows import Ids, Spans, read_ready, read_spans
 # Rows apart by no more than this are one read: bytes are cheaper than calls.
 _GAP_BYTES = 2048
 # Room for one row of the batch in a file; what is not written takes no space on the disk.
-_RUN_BYTES = 1 << 36
+_RUN_BYTES = 1 << 32
 
 
 class HostRows(FarStore):
@@ -66,6 +67,7 @@ class FileRows(FarStore):
 
     Row b of the batch is a run of its own, `slots[b]`, so that its neighbours lie side by side, and
     a row that moves takes nothing along. The runs lie far apart; between them the file is empty.
+    A process that was forked shares the file and would write over it, so it may not.
 
     Args:
         codec: from numbers to bytes and back.
@@ -79,6 +81,7 @@ class FileRows(FarStore):
         self.slots: list[int] = []
         self.row_bytes = 0
         self._file: Any = None
+        self._maker = 0
 
     @property
     def batch(self) -> int:
@@ -102,7 +105,29 @@ class FileRows(FarStore):
         if self._file is None:
             # Open as long as the store is; then the system forgets it.
             self._file = tempfile.TemporaryFile(dir=self.directory, buffering=0)  # noqa: SIM115
+            self._maker = os.getpid()
+        if self._maker != os.getpid():
+            raise ValueError(
+                "this cache's file belongs to the process that made it; deepcopy before the fork, "
+                "or load a saved one"
+            )
         return int(self._file.fileno())
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say of a disk's error where it was and what helps."""
+        try:
+            yield
+        except EOFError:
+            raise OSError(
+                f"{self.directory}: the cache's file was cut short; start again from the prompt"
+            ) from None
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self.directory}: the cache's file failed ({error.strerror}); make room there, "
+                "or offload to another directory, and start again from the prompt",
+            ) from error
 
     def drop(self) -> None:
         self.slots, self.length = [], 0
@@ -118,16 +143,26 @@ class FileRows(FarStore):
 
     def append(self, raw: torch.Tensor, start: torch.Tensor, count: torch.Tensor) -> None:
         self._write(raw, start.tolist(), count.tolist())
-        if self.batch > 1:
-            # Where a row is shorter than the longest its run reads as zeros, up to the same end.
-            end = (max(self.slots) * self._run + self.length) * self.row_bytes
+        # Where a row is shorter than the longest, or has none yet, its run reads as zeros.
+        end = (max(self.slots) * self._run + self.length) * self.row_bytes
+        with self._told():
             if os.fstat(self.fileno()).st_size < end:
                 os.ftruncate(self.fileno(), end)
 
     def _write(self, raw: torch.Tensor, start: list[int], count: list[int]) -> None:
+        if self.length > self._run:
+            raise ValueError(
+                f"offload: a file has room for {self._run} entries of {self.row_bytes} bytes a "
+                f'layer and row, got {self.length}; use offload="cpu" or none'
+            )
         for slot, rows, at, some in zip(self.slots, raw, start, count, strict=True):
-            view = memoryview(rows[:some].contiguous().numpy()).cast("B") if some else b""
-            where = (slot * self._run + at) * self.row_bytes
+            if some:
+                view = memoryview(rows[:some].contiguous().numpy()).cast("B")
+                self._put(view, (slot * self._run + at) * self.row_bytes)
+
+    def _put(self, view: memoryview | bytes, where: int) -> None:
+        """Write all of a view from byte `where` on; the system may take less at once."""
+        with self._told():
             while view:
                 done = os.pwrite(self.fileno(), view, where)
                 view, where = view[done:], where + done
@@ -166,12 +201,13 @@ class FileRows(FarStore):
         return found.index_select(0, torch.from_numpy(at))
 
     def _read_spans(self, spans: Spans) -> None:
-        file = self.fileno()
-        left = read_ready(file, spans, spans.all())
-        self.counts.kv_reads += len(spans.start)
-        if len(left):
-            self.counts.kv_waits += 1
-            read_spans(file, spans, left)
+        with self._told():
+            file = self.fileno()
+            left = read_ready(file, spans, spans.all())
+            self.counts.kv_reads += len(spans.start)
+            if len(left):
+                self.counts.kv_waits += 1
+                read_spans(file, spans, left)
 
     def fetch_block(self, low: int, high: int) -> torch.Tensor:
         began, out = (
@@ -201,9 +237,15 @@ class FileRows(FarStore):
     def _copy(self, other: FileRows, source: int, slot: int) -> None:
         """Copy a run of another store's file into one of this."""
         run, size = self._run * self.row_bytes, self.length * self.row_bytes
-        for at in range(0, size, BLOCK_BYTES):
-            some = os.pread(other.fileno(), min(BLOCK_BYTES, size - at), source * run + at)
-            os.pwrite(self.fileno(), some, slot * run + at)
+        at = 0
+        while at < size:
+            with other._told():
+                wanted = min(BLOCK_BYTES, size - at)
+                some = os.pread(other.fileno(), wanted, source * run + at)
+                if not some:
+                    raise EOFError
+            self._put(some, slot * run + at)
+            at += len(some)
 
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         assert self.dtype is not None
@@ -222,6 +264,7 @@ class FileRows(FarStore):
         if not self.length:
             return torch.empty(0, self.row_bytes, dtype=torch.uint8)
         offset, shape = slot * self._run * self.row_bytes, (self.length, self.row_bytes)
+        self.fileno()
         rows = np.memmap(self._file, np.uint8, "r", offset, shape)
         with warnings.catch_warnings():
             # Torch knows no memory that may not be written; nobody here writes it.
@@ -237,6 +280,12 @@ class FileRows(FarStore):
         for at in range(0, self.length, step):
             some = raw[:, at : at + step].cpu()
             self._write(some, [at] * self.batch, [some.shape[1]] * self.batch)
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise TypeError(
+            "a cache whose entries lie in files is not pickled: write it by cache.save(path), and "
+            "read it by Dsv4Cache.load(path, config, offload=...)"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FileRows:
         other = FileRows(self.codec, copy.deepcopy(self.counts, memo), self.directory)

@@ -196,6 +196,11 @@ class Dsv4Generation(GenerationMixin):
                 + ("past_key_values" if given is not None else "use_cache=False")
                 + "; pass past_key_values=Dsv4Cache(config, offload=...), or kv_offload alone"
             )
+        if offload is not None and kind == "static":
+            raise ValueError(
+                "got kv_offload and cache_implementation='static': entries that lie elsewhere have "
+                "no fixed place; wanted one of the two"
+            )
         if given is not None and kind == "static":
             raise ValueError(
                 "got cache_implementation='static' and past_key_values; pass one of the two, such "

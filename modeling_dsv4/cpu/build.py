@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -27,7 +28,7 @@ _SECONDS = 120
 def library(folder: Path = HERE) -> ctypes.CDLL | None:
     """The operations of a folder's C files, or None where there is no C compiler or it fails.
 
-    The environment variable CC names the compiler (default: cc, gcc or clang on the path);
+    The environment variable CC names the compiler, with arguments (default: cc, gcc or clang);
     DSV4_CACHE the directory that keeps the result (default: dsv4 in the user's cache directory).
     """
     compiler = find_compiler()
@@ -47,11 +48,24 @@ def library(folder: Path = HERE) -> ctypes.CDLL | None:
 
 
 def find_compiler() -> str | None:
-    """Path of a C compiler, None if there is none or the platform loads no such library."""
+    """A C compiler as a command of the shell, None if there is none or the platform loads none."""
     if os.name != "posix":
         return None
-    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-    return next((path for path in map(shutil.which, names) if path), None)
+    given = os.environ.get("CC", "")
+    if not given.strip():
+        names = map(shutil.which, ("cc", "gcc", "clang"))
+        return next((shlex.quote(path) for path in names if path), None)
+    try:
+        program, *arguments = shlex.split(given)
+        path = shutil.which(program)
+    except ValueError:
+        path = None
+    if path is None:
+        _LOG.warning(
+            "CC=%s: no such compiler here; name one that is on the path, or unset CC", given
+        )
+        return None
+    return shlex.join([path, *arguments])
 
 
 def cache_directory() -> Path:
@@ -72,7 +86,10 @@ def cache_directory() -> Path:
 
 
 def build(compiler: str, directory: Path, folder: Path = HERE) -> Path:
-    """Compile a folder's sources, unless `directory` holds the result; gives its path."""
+    """Compile a folder's sources, unless `directory` holds the result; gives its path.
+
+    `compiler` is a command of the shell, as `find_compiler` gives it.
+    """
     sources = sorted(folder.glob("*.c"))
     texts = [path.read_bytes() for path in (*sources, *sorted(folder.glob("*.h")))]
     shaped = b"\0".join([*texts, " ".join((compiler, *_FLAGS)).encode(), _processor().encode()])
@@ -81,7 +98,7 @@ def build(compiler: str, directory: Path, folder: Path = HERE) -> Path:
         return target
     with tempfile.TemporaryDirectory(dir=directory) as beside:
         made = Path(beside) / target.name
-        command = [compiler, *_FLAGS, "-o", str(made), *map(str, sources), "-lm"]
+        command = [*shlex.split(compiler), *_FLAGS, "-o", str(made), *map(str, sources), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
         made.replace(target)
     return target

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiler that CC names, with arguments, or that is not there."""
+
+import ctypes
+import logging
+import shlex
+from pathlib import Path
+
+import pytest
+
+from modeling_dsv4.cpu import build
+
+
+@pytest.mark.skipif(build.find_compiler() is None, reason="needs a C compiler")
+def test_cc_may_have_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = shlex.split(build.find_compiler() or "")[0]
+    odd = tmp_path / "my cc"
+    odd.symlink_to(plain)
+    (tmp_path / "a.c").write_text("int answer(void) { return ANSWER; }")
+    monkeypatch.setenv("CC", f"'{odd}' -DANSWER=42")
+    compiler = build.find_compiler()
+    assert compiler is not None
+    assert ctypes.CDLL(str(build.build(compiler, tmp_path, tmp_path))).answer() == 42
+
+
+@pytest.mark.parametrize("name", ["no-such-compiler -m64", "'open"])
+def test_a_compiler_that_is_not_there_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    monkeypatch.setenv("CC", name)
+    with caplog.at_level(logging.WARNING, build.__name__):
+        assert build.find_compiler() is None
+    assert f"CC={name}" in caplog.text

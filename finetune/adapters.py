@@ -159,22 +159,21 @@ def check_adapter_files(directory: str | Path) -> None:
     """
     file = Path(directory, "adapter_config.json")
     weights = Path(directory, "adapter_model.safetensors")
-    for wanted in (file, weights):
-        if not wanted.is_file():
-            raise ValueError(
-                f"adapter: wanted {wanted}, found none; give the directory of an adapter"
-            )
-    try:
-        with safe_open(str(weights), framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{weights}: wanted a whole safetensors file, got: {error}") from error
+    if not file.is_file():
+        raise ValueError(f"adapter: wanted {file}, found none; give the directory of an adapter")
     try:
         kind = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file}: wanted PEFT's JSON, got {error}") from error
     if kind != "LORA":
         raise ValueError(f"{file}: wanted a LORA adapter, got {kind}")
+    if not weights.is_file():
+        raise ValueError(f"adapter: wanted {weights}, found none; give the directory of an adapter")
+    try:
+        with safe_open(str(weights), framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: wanted a whole safetensors file, got: {error}") from error
 
 
 def merge_adapters(peft_model: PeftModel) -> PreTrainedModel:

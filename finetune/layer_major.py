@@ -103,12 +103,6 @@ class LayerMajor:
                 f"layer-major: wanted a Dsv4ForCausalLM, got {type(inner).__name__}; train other "
                 "models in the ordinary order"
             )
-        trained = [name for name, p in inner.named_parameters() if p.requires_grad]
-        if any(".indexer." in name for name in trained):
-            raise ValueError(
-                "layer-major: wanted a frozen indexer, got one that trains; its loss is not run in "
-                "this order, so train it in the ordinary one"
-            )
         self.model: Any = inner
         layers: Any = inner.model.layers
         self.layers = layers

@@ -158,9 +158,9 @@ class FileRows(FarStore):
         for slot, rows, at, some in zip(self.slots, raw, start, count, strict=True):
             if some:
                 view = memoryview(rows[:some].contiguous().numpy()).cast("B")
-                self._put(view, (slot * self._run + at) * self.row_bytes)
+                self._put_at(view, (slot * self._run + at) * self.row_bytes)
 
-    def _put(self, view: memoryview | bytes, where: int) -> None:
+    def _put_at(self, view: memoryview | bytes, where: int) -> None:
         """Write all of a view from byte `where` on; the system may take less at once."""
         with self._told():
             while view:
@@ -244,7 +244,7 @@ class FileRows(FarStore):
                 some = os.pread(other.fileno(), wanted, source * run + at)
                 if not some:
                     raise EOFError
-            self._put(some, slot * run + at)
+            self._put_at(some, slot * run + at)
             at += len(some)
 
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:

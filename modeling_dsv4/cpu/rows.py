@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-
 Ids = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 

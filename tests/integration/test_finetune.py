@@ -137,7 +137,7 @@ def test_check_counts_and_names_bad_lines(call: Call, base: Path, tmp_path: Path
     code, out, err = call("check", bad)
     assert code == 1
     assert "line 2" in out
-    assert "bad.jsonl: line 2: `text`: wanted text, got ''" in " ".join(err.split())
+    assert "bad.jsonl: line 2: `text`: wanted text, got blank text" in " ".join(err.split())
 
 
 def test_train_lowers_the_held_out_loss_and_leaves_a_peft_adapter(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from .hot_experts import HOT_KEY, HotExperts, check_hot
@@ -146,16 +147,36 @@ def load_adapters(
         ValueError: no adapter there, or one of another model.
     """
     register()
+    check_adapter(directory)
+    return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+
+
+def check_adapter(directory: str | Path) -> None:
+    """See that a directory holds an adapter, before anything large is loaded.
+
+    Raises:
+        ValueError: a file is missing, or is not what its name says.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        # PEFT would ask the Hub for what is missing.
+        if not Path(directory, name).is_file():
+            raise ValueError(
+                f"adapter: wanted {Path(directory, name)}, found none; give the directory of an "
+                "adapter"
+            )
     file = Path(directory, "adapter_config.json")
-    if not file.is_file():
-        raise ValueError(f"adapter: wanted {file}, found none; give the directory of an adapter")
     try:
         kind = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file}: wanted PEFT's JSON, got {error}") from error
     if kind != "LORA":
         raise ValueError(f"{file}: wanted a LORA adapter, got {kind}")
-    return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+    weights = Path(directory, "adapter_model.safetensors")
+    try:
+        with safe_open(weights, "pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: wanted a whole safetensors file, got: {error}") from error
 
 
 def merge_adapters(peft_model: PeftModel) -> PreTrainedModel:

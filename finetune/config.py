@@ -225,6 +225,11 @@ class RunConfig:
                 "gradient_checkpointing: layer-major keeps and computes again what it needs by "
                 "itself (checkpoint_memory); leave gradient_checkpointing off"
             )
+        if self.train_indexer:
+            raise ValueError(
+                "train_indexer: layer-major does not run the indexer's loss; use layer_schedule "
+                "ordinary"
+            )
         if self.objective != "sft":
             raise ValueError(
                 f"layer_schedule: layer-major knows the loss of sft alone, got {self.objective}; "

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .adapters import load_adapters
+from .adapters import check_adapter, load_adapters
 from .config import RUN_FILE, RunConfig
 from .data import IGNORED, DataReport, Example, Examples, encode_records
 from .files import write_json
@@ -122,6 +122,8 @@ def evaluate_files(
         raise ValueError("eval: wanted data, tasks or a general text to measure on, got none")
     if save and adapter is None:
         raise ValueError("eval: wanted an adapter to save the result beside, got none")
+    if adapter is not None:
+        check_adapter(adapter)
     questions = [] if tasks is None else read_tasks(tasks)
     tokenizer = load_tokenizer(model)
     told: dict[str, Any] = {"model": str(model), "adapter": str(adapter) if adapter else None}

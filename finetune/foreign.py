@@ -24,7 +24,7 @@ from .foreign_read import Sizes, read_files, read_pairs
 from .hot_experts import HOT_KEY, HotExperts
 from .layouts import PARTS, Layout, Pair, Pairs, dense_to_group, expert_of, fuse, pad_rank
 from .targets import EXPERTS, PRESETS, target_regex
-from .tuner import register
+from .tuner import check_identity, register
 
 
 def import_adapter(
@@ -50,6 +50,7 @@ def import_adapter(
     """
     register()
     config, tensors = read_files(path)
+    check_identity(model, config)
     made = _Import(model)
     for name, pair in read_pairs(config, tensors, _sizes(model), layout).items():
         made.add(name, pair)

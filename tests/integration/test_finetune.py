@@ -382,11 +382,11 @@ def test_every_command_explains_itself(call: Call, command: str) -> None:
     assert (code, f"Example: dsv4-finetune {command}" in out) == (0, True)
 
 
-def test_reserved_presets_end_with_a_reason(call: Call, base: Path, data: Path) -> None:
+def test_a_preset_that_wants_another_model_ends_with_a_reason(call: Call, base: Path, data: Path) -> None:
     words = ("--model", base, "--data", data, "--output", "o", "--preset", "memory")
     code, out, err = call("train", *words)
     assert (code, out) == (1, "")
-    assert "is not there yet; there are: attention" in " ".join(err.split())
+    assert "wanted a model with Engram layers (V4.1)" in " ".join(err.split())
 
 
 def test_data_is_refused_before_the_model_is_loaded(call: Call, tmp_path: Path, base: Path) -> None:

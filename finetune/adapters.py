@@ -147,11 +147,11 @@ def load_adapters(
         ValueError: no adapter there, or one of another model.
     """
     register()
-    check_adapter_files(directory)
+    check_adapter(directory)
     return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
 
 
-def check_adapter_files(directory: str | Path) -> None:
+def check_adapter(directory: str | Path) -> None:
     """Refuse a directory that holds no LoRA adapter; PEFT would ask the Hub for missing weights.
 
     Raises:

@@ -21,7 +21,7 @@ from typing import Any
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 
 from .full import restore_weights
 from .interruption import Interrupted, StopSignal
@@ -320,8 +320,3 @@ def sweep(output: str | Path) -> None:
 def is_leftover(path: Path) -> bool:
     """Whether a killed process left this half-written."""
     return _BESIDE.fullmatch(path.name) is not None
-
-
-def saved_state(checkpoint: str | Path) -> TrainerState:
-    """The Trainer's own state in a checkpoint: step, history, best."""
-    return TrainerState.load_from_json(str(Path(checkpoint, STATE_FILE)))

@@ -182,7 +182,9 @@ class AdapterFile:
     def _scale(self, module: str, rank: int) -> float:
         patterns = self.config.get("alpha_pattern") or {}
         key = get_pattern_key(list(patterns), module)
-        alpha = float(patterns.get(key, self.config["lora_alpha"]))
+        alpha = patterns.get(key, self.config.get("lora_alpha"))
+        if not isinstance(alpha, int | float):
+            raise ValueError(f"{self.directory / CONFIG}: wanted lora_alpha, a number, got {alpha}")
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _experts(self, module: str, count: int) -> tuple[int, ...]:

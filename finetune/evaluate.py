@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .adapters import check_adapter_files, load_adapters
+from .adapters import check_adapter, load_adapters
 from .config import RUN_FILE, RunConfig
 from .data import IGNORED, DataReport, Example, Examples, encode_records
 from .files import write_json
@@ -142,7 +142,7 @@ def evaluate_files(
     looked = questions[:samples] or sample_tasks(records, samples)
     asked = questions or looked
     if adapter is not None:
-        check_adapter_files(adapter)
+        check_adapter(adapter)
     network: nn.Module = load_model(model, expert_memory=expert_memory)
     if adapter is not None:
         network = load_adapters(network, adapter)

@@ -26,6 +26,7 @@ from .layouts import (
     pad_rank,
     stack,
 )
+from .tuner import IDENTITY_KEY
 
 
 @dataclass
@@ -147,6 +148,7 @@ def _fuse_layer(
 def _config(source: LoraConfig, out: _Out, layout: Layout) -> LoraConfig:
     """Alpha is the rank everywhere: the scale is 1, whether a reader knows patterns or not."""
     rank = max(out.ranks.values())
+    identity = (source.auto_mapping or {}).get(IDENTITY_KEY)
     modules = [module for module in out.ranks if module not in out.parameters]
     targets: str | list[str] = "|".join(dict.fromkeys(_numberless(name) for name in modules))
     if layout == "vllm":
@@ -163,6 +165,7 @@ def _config(source: LoraConfig, out: _Out, layout: Layout) -> LoraConfig:
         rank_pattern=others,
         alpha_pattern=dict(others),
         inference_mode=True,
+        auto_mapping=None if identity is None else {IDENTITY_KEY: identity},
     )
 
 

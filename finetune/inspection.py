@@ -10,6 +10,7 @@ from typing import Any
 from peft import LoraConfig
 from safetensors import safe_open
 
+from .adapters import check_adapter
 from .foreign_read import CONFIG_FILE, TENSORS_FILE, scale_of
 from .hot_experts import HotExperts
 from .layouts import common_name, split_name
@@ -38,12 +39,8 @@ def inspect_adapter(directory: str | Path) -> dict[str, Any]:
         ValueError: no adapter there.
     """
     folder = Path(directory)
-    for name in (CONFIG_FILE, TENSORS_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"adapter: wanted {folder / name}, found none; give the directory of an adapter"
-            )
-    values = _read_config(folder / CONFIG_FILE)
+    check_adapter(folder)
+    values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config = LoraConfig.from_pretrained(str(folder))
     groups = _groups(config, _shapes(folder / TENSORS_FILE))
     hot = HotExperts.of(config)
@@ -60,17 +57,6 @@ def inspect_adapter(directory: str | Path) -> dict[str, Any]:
         "groups": groups,
         "hot_experts": None if hot is None else hot.to_dict(),
     }
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: wanted PEFT's JSON, got {error}") from error
-    kind = values.get("peft_type") if isinstance(values, dict) else None
-    if kind != "LORA":
-        raise ValueError(f"{file}: wanted a LORA adapter, got {kind}")
-    return values
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -103,6 +103,11 @@ class LayerMajor:
                 f"layer-major: wanted a Dsv4ForCausalLM, got {type(inner).__name__}; train other "
                 "models in the ordinary order"
             )
+        if any(p.requires_grad and ".indexer." in n for n, p in inner.named_parameters()):
+            raise ValueError(
+                "layer-major: it does not run the indexer's loss, got an indexer that trains; "
+                "train it in the ordinary order"
+            )
         self.model: Any = inner
         layers: Any = inner.model.layers
         self.layers = layers

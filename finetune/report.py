@@ -90,7 +90,12 @@ def _write_card(directory: str | Path, card: ModelCard) -> None:
 def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: wanted JSON, got {error}") from error
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{path}: wanted a JSON object with values, got {str(value)[:40]}")
     return value
 
 

@@ -141,9 +141,16 @@ def _train(
             write_json(output / DATA_FILE, prints)
             config.save(output / RUN_FILE)
             sweep(output)
-    trainer = make_trainer(model, config, data, tokenizer, callbacks)
-    trainer.stop = stop
-    gate = None if checkpoint else _try_one_batch(trainer, config, data)
+    try:
+        trainer = make_trainer(model, config, data, tokenizer, callbacks)
+        trainer.stop = stop
+        gate = None if checkpoint else _try_one_batch(trainer, config, data)
+    except Exception:
+        # Nothing was learned: the directory is free for another try.
+        if not resume and is_first():
+            for name in (RUN_FILE, DATA_FILE):
+                (output / name).unlink(missing_ok=True)
+        raise
     base = MeasureBase(lambda model: _held_out(model, config, data, tokenizer))
     if shards():
         # What is whole in no process can be measured when it is sharded.
@@ -272,6 +279,8 @@ def _open_output(config: RunConfig, resume: bool) -> Path | None:
     """
     output = Path(config.output)
     run = output / RUN_FILE
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: wanted an empty or new directory, got the file {output}")
     if not resume:
         if run.exists():
             raise ValueError(

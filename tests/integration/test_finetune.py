@@ -416,6 +416,15 @@ def test_an_adapter_without_weights_is_refused_before_the_model_is_loaded(
     assert "wanted a whole safetensors file" in " ".join(err.split())
 
 
+def test_a_preset_that_wants_another_model_ends_with_a_reason(
+    call: Call, base: Path, data: Path
+) -> None:
+    words = ("--model", base, "--data", data, "--output", "o", "--preset", "memory")
+    code, out, err = call("train", *words)
+    assert (code, out) == (1, "")
+    assert "wanted a model with Engram layers (V4.1)" in " ".join(err.split())
+
+
 def test_data_is_refused_before_the_model_is_loaded(call: Call, tmp_path: Path, base: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{}\n")

@@ -177,7 +177,13 @@ def test_a_directory_that_others_may_write_to_keeps_no_library(
 
 
 def test_importing_the_package_compiles_nothing(tmp_path: Path) -> None:
-    code = "import modeling_dsv4, sys; assert 'modeling_dsv4.cpu.build' not in sys.modules"
+    code = (
+        "import subprocess\n"
+        "def fail(*args, **more): raise AssertionError(args)\n"
+        "subprocess.run = subprocess.Popen = fail\n"
+        "import modeling_dsv4.cpu.build as build, modeling_dsv4.cpu.rows\n"
+        "assert build.library.cache_info().currsize == 0"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env={"DSV4_CACHE": str(tmp_path)})
     assert not list(tmp_path.iterdir())
 

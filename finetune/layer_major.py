@@ -103,7 +103,10 @@ class LayerMajor:
                 f"layer-major: wanted a Dsv4ForCausalLM, got {type(inner).__name__}; train other "
                 "models in the ordinary order"
             )
-        if any(p.requires_grad and ".indexer." in n for n, p in inner.named_parameters()):
+        # Adapters there are meant for the loss that this order does not run; other weights of an
+        # indexer learn nothing in any order.
+        trained = [name for name, p in inner.named_parameters() if p.requires_grad]
+        if any(".indexer." in name and ".lora_" in name for name in trained):
             raise ValueError(
                 "layer-major: it does not run the indexer's loss, got an indexer that trains; "
                 "train it in the ordinary order"

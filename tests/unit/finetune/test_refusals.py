@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is refused before it costs anything: damaged files, names of the Hub, settings that clash."""
+"""What is refused before it costs anything: damaged files, Hub names, settings that clash."""
 
 import json
 import socket

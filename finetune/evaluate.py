@@ -124,6 +124,8 @@ def evaluate_files(
         raise ValueError(f"eval: wanted max_length of at least 2, got {max_length}")
     if save and adapter is None:
         raise ValueError("eval: wanted an adapter to save the result beside, got none")
+    if adapter is not None:
+        check_adapter(adapter)
     questions = [] if tasks is None else read_tasks(tasks)
     tokenizer = load_tokenizer(model)
     told: dict[str, Any] = {"model": str(model), "adapter": str(adapter) if adapter else None}
@@ -141,8 +143,6 @@ def evaluate_files(
         told |= {"tasks_file": str(tasks), "num_tasks": len(questions)}
     looked = questions[:samples] or sample_tasks(records, samples)
     asked = questions or looked
-    if adapter is not None:
-        check_adapter(adapter)
     network: nn.Module = load_model(model, expert_memory=expert_memory)
     if adapter is not None:
         network = load_adapters(network, adapter)

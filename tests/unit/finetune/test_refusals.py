@@ -62,7 +62,7 @@ def test_an_adapter_of_another_base_is_not_imported(
 @pytest.mark.usefixtures("offline")
 def test_names_of_the_hub_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
     for load in (load_model, load_tokenizer):
-        with pytest.raises(ValueError, match="wanted a directory with a model, found none at some/name"):
+        with pytest.raises(ValueError, match="found none at some/name"):
             load("some/name")
     attach_adapters(make_model(), r=2).save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()

@@ -6,6 +6,7 @@ run that continues does not calibrate or choose again; the recipe itself ends in
 """
 
 import json
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Wish:
     def __post_init__(self) -> None:
         if self.bits is not None and self.target_size is not None:
             raise ValueError("wanted --bits or --target-size, got both; leave one out")
+        if self.bits is not None and not 0 < self.bits < math.inf:
+            raise ValueError(f"--bits: wanted a number above 0, got {self.bits}")
         if self.sized and self.recipe is not None:
             raise ValueError(
                 f"wanted formats by name or by size, got --recipe {self.recipe} beside a size; "
@@ -93,7 +96,8 @@ class Wish:
         """Plain data by which a later run knows the same wish again."""
         text = None if self.calibrate is None else _checksum(self.calibrate)
         sizes = {"bits": self.bits, "target_size": self.target_size}
-        return {"recipe": self.recipe or "fp4", **sizes, "calibrate": text}
+        model = {} if self.model is None else {"model": str(self.model.resolve())}
+        return {"recipe": self.recipe or "fp4", **sizes, "calibrate": text, **model}
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,9 @@ def test_options_that_would_be_ignored_are_refused(
         Wish("q2", model=release)
     with pytest.raises(ValueError, match=r"--calibrate-model: .* got statistics \("):
         Wish("q2", calibrate=statistics_file, model=release)
+    for bits in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="--bits: wanted a number above 0"):
+            Wish(bits=bits)
     assert Wish().named == get_recipe("fp4")
     assert Wish(bits=3.0).to_dict()["recipe"] == "fp4"
 

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the bits go: a format for every expert's projections, the least error under a byte budget.
 
-The error of an expert is its share of what the layer puts out, times how much of an output is wrong
-in each format; the latter is the mean of three experts a layer, the most, the middle and the least
-used, on rows of their weights and on inputs of the calibration (or on random ones, without). Every
-layer counts the same. What is left is one option for each expert: along the convex hull of its
-options, the steps that gain most for a byte are taken first.
+The error of an expert is its share of what the layer puts out, times how much of its own output is
+wrong in each format, measured on rows of its weights and on inputs of the calibration (or on random
+ones, without). Every layer counts the same. What is left is one option for each expert: along the
+convex hull of its options, the steps that gain most for a byte are taken first.
 """
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from modeling_dsv4.formats import get_format
 
 from .calibration import Calibration
 from .config import Recipe
-from .pack import PROJECTIONS, RecordLayout
+from .pack import RecordLayout
 from .sizes import format_size
 from .source import ExpertsSource, Source
 from .trellis import TRELLISES
@@ -104,8 +103,8 @@ def choose_recipe(
 ) -> Recipe:
     """Choose a format for every expert of a source, under a budget for all expert records.
 
-    A few experts of each layer are read; from a repository on the Hub their shards are fetched, one
-    layer's at a time, and dropped. Where the source's experts are in a release's format, that
+    Every expert is read once; from a repository on the Hub the shards are fetched, one layer's at a
+    time, and dropped. Where the source's experts are in a release's format, that
     format, which loses nothing, is one of the options.
 
     Args:
@@ -116,7 +115,11 @@ def choose_recipe(
 
     Returns:
         Recipe "mixed": names of single experts, then one rule for the rest of each layer.
+
+    Raises:
+        ValueError: a budget below what the smallest formats take; nothing has been read then.
     """
+    check_budget(source, budget)
     hidden, width = source.config.hidden_size, source.config.moe_intermediate_size
     items: list[tuple[str, int]] = []
     options: dict[str, list[Pair]] = {}
@@ -131,13 +134,14 @@ def choose_recipe(
         share = known.share(name) if known else torch.full((count,), 1 / count)
         wrong = measure(source, experts, known)
         if source.origin.fetched:
-            _drop_shards(source, modules[number : number + 2])
-        pairs = [(g, d) for g in wrong["gate_up_proj"] for d in wrong["down_proj"]]
-        lost = [wrong["gate_up_proj"][g] + wrong["down_proj"][d] for g, d in pairs]
-        options[name] = pairs
-        size = [RecordLayout.build(hidden, width, *pair).nbytes for pair in pairs]
+            _drop_shards(source, [module for module, _ in modules[number : number + 2]])
+        options[name] = [(g, d) for g in wrong[0]["gate_up_proj"] for d in wrong[0]["down_proj"]]
+        size = [RecordLayout.build(hidden, width, *pair).nbytes for pair in options[name]]
         items += [(name, e) for e in range(count)]
-        errors += [[part * x for x in lost] for part in share.tolist()]
+        errors += [
+            [part * (one["gate_up_proj"][g] + one["down_proj"][d]) for g, d in options[name]]
+            for part, one in zip(share.tolist(), wrong, strict=True)
+        ]
         sizes += [size] * count
         if progress is not None:
             progress(name)
@@ -147,13 +151,34 @@ def choose_recipe(
     return Recipe("mixed", tuple(rule for name in chosen for rule in _rules(name, chosen[name])))
 
 
-def _drop_shards(
-    source: Source, modules: Sequence[tuple[ExpertsSource, Calibration | None]]
-) -> None:
+def check_budget(source: Source, budget: int) -> None:
+    """Refuse a budget for all expert records that no choice of formats keeps.
+
+    Raises:
+        ValueError: says the least, in bytes and in bits a weight.
+    """
+    hidden, width = source.config.hidden_size, source.config.moe_intermediate_size
+    least = weights = 0
+    for experts in source.experts.values():
+        held = experts.weight_format
+        names = [*TRELLISES, _WIDEST if held is None else held.name]
+        sizes = [RecordLayout.build(hidden, width, g, d).nbytes for g in names for d in names]
+        least += experts.num_experts * min(sizes)
+        weights += experts.num_experts * 3 * hidden * width
+    if budget < least:
+        more = format_size(least - budget)
+        raise ValueError(
+            f"wanted a budget of at least {format_size(least)} for the experts in the smallest "
+            f"formats, got {more} less; ask for --bits {math.ceil(800 * least / weights) / 100:g} "
+            f"or a --target-size larger by {more}"
+        )
+
+
+def _drop_shards(source: Source, modules: Sequence[ExpertsSource]) -> None:
     """Drop the shards that the first of these was measured by, but for those of the second."""
     wanted = [
-        source.needs(_norm_before(module[0].name)).union(
-            *(source.needs(module[0].name, e) for e in measured_experts(*module))
+        source.needs(_norm_before(module.name)).union(
+            *(source.needs(module.name, e) for e in range(module.num_experts))
         )
         for module in modules
     ]
@@ -175,35 +200,25 @@ def _rules(name: str, pairs: Sequence[Pair]) -> list[tuple[str, str]]:
     return [*rules, (f"{name}.*down_proj", common[1]), (f"{name}.*gate_up_proj", common[0])]
 
 
-def measure(source: Source, experts: ExpertsSource, known: Calibration | None) -> Sensitivity:
-    """Share of a layer's output that is wrong in each format, by projection."""
+def measure(
+    source: Source, experts: ExpertsSource, known: Calibration | None
+) -> list[Sensitivity]:
+    """How much of each expert's output is wrong in each format, by projection."""
     held = experts.weight_format
     x = known.sample(experts.name) if known else _random_inputs(source, experts.name)
     formats = [*TRELLISES, _WIDEST if held is None else held.name]
     found: list[Sensitivity] = []
-    for expert in measured_experts(experts, known):
+    for expert in range(experts.num_experts):
         gate_up, down = (
             parts[""].float() if held is None else held.unpack(parts, torch.float32)
             for parts in source.expert(experts.name, expert).values()
         )
-        found.append(sensitivity(gate_up, down, x, source.config.swiglu_limit, formats))
-    wrong = {
-        projection: {name: mean(one[projection][name] for one in found) for name in formats}
-        for projection in PROJECTIONS
-    }
-    if held is not None:
-        for errors in wrong.values():
-            errors[held.name] = 0.0
-    return wrong
-
-
-def measured_experts(experts: ExpertsSource, known: Calibration | None) -> list[int]:
-    """The most, the middle and the least used expert; without calibration, some of all."""
-    count = experts.num_experts
-    order = list(range(count))
-    if known is not None:
-        order = known.share(experts.name).argsort(descending=True, stable=True).tolist()
-    return list(dict.fromkeys((order[0], order[count // 2], order[-1])))
+        wrong = sensitivity(gate_up, down, x, source.config.swiglu_limit, formats)
+        if held is not None:
+            for errors in wrong.values():
+                errors[held.name] = 0.0
+        found.append(wrong)
+    return found
 
 
 def _random_inputs(source: Source, name: str) -> torch.Tensor:

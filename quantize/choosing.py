@@ -18,7 +18,7 @@ import torch
 
 from modeling_dsv4.safetensors_file import read_index
 
-from .allocation import choose_recipe
+from .allocation import check_budget, choose_recipe
 from .calibration import Calibration, calibrate, token_batches
 from .checksums import Checksums, write_text
 from .config import Recipe, get_recipe
@@ -190,6 +190,7 @@ def _check_room(wish: Wish, source: Source, target: Path, sums: Checksums | None
     job = plan_job(source, wish.named)
     more = 0
     if wish.sized:
+        check_budget(source, _budget(wish, source))
         more = _budget(wish, source) - sum(layout.nbytes for _, layout in job.packs.values())
         # Where shards go meanwhile, smaller records need not make the fullest moment smaller.
         more = more if source.origin.keeps else max(more, 0)

@@ -3,6 +3,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,29 @@ def test_experts_that_are_chosen_often_get_more_bits() -> None:
         hot = bits.pop(5 % experts.num_experts)
         assert hot > max(bits)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_an_expert_that_rounds_worse_gets_more_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantize import allocation
+
+    source, plain = Source(NANO), allocation.sensitivity
+    order = iter([e for m in source.experts.values() for e in range(m.num_experts)])
+
+    def uneven(*arguments: Any) -> dict[str, dict[str, float]]:
+        found = plain(*arguments)
+        factor = 30.0 if next(order) == 2 else 1.0
+        return {p: {k: factor * v for k, v in errors.items()} for p, errors in found.items()}
+
+    monkeypatch.setattr(allocation, "sensitivity", uneven)
+    weights = sum(e.num_experts for e in source.experts.values()) * 3 * 192 * 96
+    recipe = choose_recipe(source, int(weights * 3.0 / 8))
+    assert next(order, None) is None
+    for name, experts in source.experts.items():
+        bits = [
+            get_format(str(recipe.format_of(f"{name}.{e}.down_proj"))).bits
+            for e in range(experts.num_experts)
+        ]
+        assert bits.pop(2) > max(bits)
 
 
 def test_without_calibration_every_expert_of_a_layer_counts_alike() -> None:

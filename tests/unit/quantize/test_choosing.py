@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modeling_dsv4.formats import get_format
-from quantize.allocation import measure, measured_experts
+from quantize.allocation import measure
 from quantize.calibration import Calibration, calibrate
 from quantize.checksums import Checksums, damages
 from quantize.choosing import Wish, settle, statistics_bytes
@@ -221,22 +221,40 @@ def test_a_full_disk_is_told_before_the_work(
         assert asked[0] < plan_job(source, get_recipe("fp4")).nbytes
 
 
-def test_experts_that_are_measured_are_used_differently(
-    release: Path, tmp_path: Path, statistics_file: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_expert_is_measured_by_itself(
+    release: Path, statistics_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, known = Source(release), Calibration.load(statistics_file)
-    module = known.modules[0]
-    assert measured_experts(source.experts[module], None) == [0, 2, 3]
-    share = torch.tensor([0.2, 0.5, 0.1, 0.15])
-    monkeypatch.setattr(Calibration, "share", lambda self, name: share)
-    assert measured_experts(source.experts[module], known) == [1, 3, 2]
-    errors = iter((1.0, 2.0, 6.0))
+    experts = source.experts[known.modules[0]]
+    errors = iter(range(1, 1 + experts.num_experts))
 
     def sensitivity(*arguments: Any) -> dict[str, dict[str, float]]:
-        error = next(errors)
+        error = float(next(errors))
         return {p: dict.fromkeys(arguments[-1], error) for p in PROJECTIONS}
 
     monkeypatch.setattr("quantize.allocation.sensitivity", sensitivity)
-    wrong = measure(source, source.experts[module], known)
-    assert wrong["down_proj"]["trellis3"] == wrong["gate_up_proj"]["trellis3"] == 3.0
-    assert wrong["down_proj"]["fp4"] == 0.0
+    wrong = measure(source, experts, known)
+    assert [one["down_proj"]["trellis3"] for one in wrong] == [1.0, 2.0, 3.0, 4.0]
+    assert [one["gate_up_proj"]["trellis2"] for one in wrong] == [1.0, 2.0, 3.0, 4.0]
+    assert all(one["down_proj"]["fp4"] == 0.0 for one in wrong)
+
+
+def test_a_size_that_no_formats_keep_is_refused_before_anything_is_read(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        pytest.fail("an expert is read")
+
+    text = tmp_path / "text.txt"
+    text.write_text("a text")
+    monkeypatch.setattr(Source, "expert", read)
+    monkeypatch.setattr("quantize.choosing._gather", read)
+    source = Source(release)
+    for wish in (Wish(bits=1.0, calibrate=text), Wish(target_size=10**4, calibrate=text)):
+        with pytest.raises(ValueError, match=r"wanted a budget of at least .*--bits ") as caught:
+            settle(wish, source, tmp_path / "out")
+    least = float(str(caught.value).partition("--bits ")[2].split()[0])
+    monkeypatch.undo()
+    assert settle(Wish(bits=least), source, tmp_path / "out").recipe.name == "mixed"
+    with pytest.raises(ValueError, match=f"--bits {least:g} "):
+        settle(Wish(bits=least - 0.02), source, tmp_path / "other")

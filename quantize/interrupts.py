@@ -50,6 +50,13 @@ class Guard:
         if deferred.came is not None:
             deferred.before(*deferred.came)
 
+    def held_elsewhere(self) -> bool:
+        """Whether another thread holds the lock, in a forked process one that is no more."""
+        if not self._lock.acquire(blocking=False):
+            return True
+        self._lock.release()
+        return False
+
     def changed(self) -> None:
         """Wake all who wait; called under the lock."""
         self.version += 1

@@ -28,6 +28,8 @@ Key = tuple[int, int]
 
 # Bytes of one request. Larger ones leave a lone record to few threads, smaller ones cost calls.
 PIECE = 4 << 20
+# Those of this process: threads and what they hold do not come along into a forked one.
+_READERS: "weakref.WeakSet[RecordReader]" = weakref.WeakSet()
 
 
 class Urgency(IntEnum):
@@ -242,6 +244,10 @@ class _Files:
             # Last: who sees it may rely on the descriptors.
             self.direct = False
 
+    def forked(self) -> None:
+        """Take a lock that no thread of the parent holds."""
+        self._lock = threading.Lock()
+
     def close(self) -> None:
         while self.descriptors:
             os.close(self.descriptors.pop())
@@ -284,7 +290,17 @@ class RecordReader:
         self._queue = _Queue()
         self._clock = _BusyClock(len(paths))
         # Threads know the queue alone, so that a forgotten reader's threads end.
-        weakref.finalize(self, _abandon, self._queue, self._files)
+        self._abandon = weakref.finalize(self, _abandon, self._queue, self._files)
+        _READERS.add(self)
+
+    def _forked(self) -> None:
+        """Begin anew in a forked process: no thread lives there, and locks may be held for ever."""
+        self._abandon.detach()
+        closed, self._queue, self._threads = self._queue.closed, _Queue(), []
+        self._queue.closed = closed
+        self._clock = _BusyClock(len(self._files.paths))
+        self._files.forked()
+        self._abandon = weakref.finalize(self, _abandon, self._queue, self._files)
 
     @property
     def direct(self) -> bool:
@@ -390,6 +406,15 @@ def _work(queue: _Queue, size: int) -> None:
         assert piece.read.run is not None
         piece.read.run(piece)
         del piece
+
+
+def _after_fork() -> None:
+    for reader in list(_READERS):
+        reader._forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _abandon(queue: _Queue, files: _Files) -> None:

@@ -37,6 +37,8 @@ _THREADS = 64
 _LEAST_SHARE = 256
 # More misses than this go to the threads at once: trying each would hold the pass up.
 _TRIED = 1024
+# Those of this process: threads and what they hold do not come along into a forked one.
+_STORES: "weakref.WeakSet[RowStore]" = weakref.WeakSet()
 
 
 @dataclass
@@ -87,7 +89,6 @@ class RowStore:
         self.budget = budget
         self.counts = RowCounts()
         self._row_bytes = max(table.layout.nbytes for table in self.tables)
-        self._cache = RowCache(budget, self._row_bytes)
         self._pending: dict[int, _Begun] = {}
         self._lock = threading.Lock()
         self._threads = threads
@@ -98,13 +99,26 @@ class RowStore:
             if hasattr(os, "posix_fadvise"):
                 # Rows lie anywhere: reading ahead would bring pages that nobody wants.
                 os.posix_fadvise(self._files[-1], 0, 0, os.POSIX_FADV_RANDOM)
+        self._make_cache()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="engram-read")
+        _STORES.add(self)
+
+    def _make_cache(self) -> None:
+        self._cache = RowCache(self.budget, self._row_bytes)
         # Ids of all tables as one range of keys.
         base = np.cumsum([0, *(table.num_rows for table in self.tables)]).tolist()
         self._readers = [
             BatchReader(self._cache, file, t.start, t.layout.nbytes, first, t.num_rows)
             for t, file, first in zip(self.tables, self._files, base, strict=False)
         ]
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="engram-read")
+
+    def _forked(self) -> None:
+        """Begin anew in a forked process, in which no thread of the store lives."""
+        # Somebody was changing the rows that are held.
+        if self._lock.locked() and self._files:
+            self._make_cache()
+        self._lock, self._pending = threading.Lock(), {}
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="engram-read")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowStore":
         # A copy of a model reads the same files; two budgets would be twice what was allowed.
@@ -129,6 +143,7 @@ class RowStore:
 
         Raises:
             OSError: a read failed, or the file was cut short.
+            ValueError: an id is no row, or the store was closed.
         """
         with self._lock:
             begun = self._pending.pop(table, None)
@@ -144,9 +159,13 @@ class RowStore:
     def close(self) -> None:
         """Stop the threads and close the files; the store cannot be used afterwards."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._close()
+        with self._lock:
+            self._pending.clear()
+            self._close()
 
     def _begin(self, table: int, ids: Ids) -> "_Begun":
+        if not self._files:
+            raise ValueError("the row store was closed; load the model again")
         batch = self._readers[table].begin(np.ascontiguousarray(ids, np.int64), _TRIED)
         if batch is None:
             raise ValueError(
@@ -184,6 +203,15 @@ class RowStore:
             self.counts.engram_wait_seconds += time.perf_counter() - began
         for read in begun.reads:
             read.result()
+
+
+def _after_fork() -> None:
+    for store in list(_STORES):
+        store._forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _close_all(files: list[int]) -> None:

@@ -13,6 +13,8 @@ record(layer, expert)    ── waits for its own read ──> uint8 view, pinne
 ```
 """
 
+import os
+import threading
 import time
 import weakref
 from collections import deque
@@ -38,6 +40,8 @@ T = TypeVar("T")
 _LOOK_SECONDS = 1.0
 # What reads for later layers may hold, as a share of the budget: the running layer needs the rest.
 _FORESEEN_SHARE = 0.5
+# Those of this process, see `ExpertStore._forked`.
+_STORES: "weakref.WeakSet[ExpertStore]" = weakref.WeakSet()
 
 
 class _Hold:
@@ -116,6 +120,21 @@ class ExpertStore:
         self._closed = False
         paths = [pack.path for pack in self.packs]
         self._reader = RecordReader(paths, threads, page_cache, _weakly(self._check), piece)
+        _STORES.add(self)
+
+    def _forked(self) -> None:
+        """Go on in a forked process, behind the reader, with the records that are there."""
+        # Somebody was changing what the store knows: none of it can be trusted.
+        self._closed = self._closed or self._guard.held_elsewhere()
+        self._guard = Guard()
+        if not self._closed:
+            for key, slot in list(self._slots.items()):
+                # Who completes a read may have held its lock.
+                slot.read._condition = threading.Condition()
+                if not slot.read.done():
+                    self._forget(key, slot)
+            self._unread.clear()
+            self._unread_foreseen.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertStore":
         # A copy of a model reads the same files; two budgets would be twice what was allowed.
@@ -459,6 +478,10 @@ class ExpertStore:
             self._checked.add(key)
             self.counts[layer].misses += 1
             self.counts[layer].bytes_read += len(view)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: list(map(ExpertStore._forked, list(_STORES))))
 
 
 def _failed(read: "Future[None]") -> bool:

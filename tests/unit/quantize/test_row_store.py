@@ -4,6 +4,7 @@
 import copy
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -195,3 +196,39 @@ def test_a_store_is_shared_and_closes_what_it_opened(make: Make) -> None:
     for descriptor in files:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(descriptor)
+
+
+def _in_child(use: Callable[[], bool]) -> bool:
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        code = 1
+        try:
+            code = 0 if use() else 2
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_forked_process_reads_by_itself(make: Make, busy: bool) -> None:
+    store, rows = make()
+    ids, others = np.array([5, 2900]), np.array([90, 1700, 2500])
+    assert np.array_equal(store.take(0, ids), rows[0][ids])
+    store.announce(0, others)
+    if busy:
+        store._lock.acquire()
+    assert _in_child(lambda: np.array_equal(store.take(0, others), rows[0][others]))
+    if busy:
+        store._lock.release()
+    assert np.array_equal(store.take(0, others), rows[0][others])
+
+
+def test_a_closed_store_says_so(make: Make) -> None:
+    store, _ = make()
+    store.announce(1, np.array([7]))
+    store.close()
+    for use in (store.announce, store.take):
+        for table in (0, 1):
+            with pytest.raises(ValueError, match="the row store was closed; load the model again"):
+                use(table, np.array([7]))

@@ -16,7 +16,7 @@ import torch
 
 from modeling_dsv4 import ops
 from modeling_dsv4.moe import Dsv4Experts, ExpertsBase, Tiles
-from modeling_dsv4.storage import tiled_product, tiled_product_back
+from modeling_dsv4.tiled_products import tiled_product, tiled_product_back
 
 
 class Frozen(Protocol):

@@ -28,9 +28,10 @@ from modeling_dsv4.formats import WeightFormat, get_format
 from modeling_dsv4.safetensors_file import DTYPES
 from quantize.checksums import FILE as CHECKSUMS
 from quantize.checksums import Checksums
-from quantize.convert import check_space, full_disk_explained, write_small_files
+from quantize.convert import write_small_files
 from quantize.dense import table_tiles
 from quantize.direct import aligned_zeros
+from quantize.disk_space import check_space, full_disk_explained
 from quantize.job import DEFAULT_SHARD, Item, Job
 from quantize.pack import PROJECTIONS, RecordLayout
 from quantize.rounding import quantize_weight

@@ -201,8 +201,7 @@ class Dsv4Model(Dsv4PreTrainedModel):
             last_tokens: return the hidden states of the last so many columns alone. Without
                 gradients, what nobody reads is then not computed: see `_unread_columns`.
             draft_head: keeps in the cache what it will draft from.
-            kwargs: other keys of transformers' collators; ignored. `return_dict=False` gives a
-                tuple.
+            kwargs: other keys of collators, ignored; `return_dict=False` gives a tuple.
 
         Raises:
             ValueError: no ids and no embeddings, images, masks of four dimensions, attentions of
@@ -489,9 +488,8 @@ class Dsv4ForCausalLM(Dsv4PreTrainedModel, Dsv4Generation, GenerationMixin):
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
             more = {k: v for k, v in kwargs.items() if k in ("num_items_in_batch", "shift_labels")}
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **more
-            )
+            vocab = self.config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab, **more)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

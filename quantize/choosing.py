@@ -22,7 +22,7 @@ from .allocation import check_budget, choose_recipe
 from .calibration import Calibration, calibrate, token_batches
 from .checksums import Checksums, write_text
 from .config import Recipe, get_recipe
-from .convert import check_space
+from .disk_space import check_space
 from .encode import Statistics
 from .job import plan_job
 from .memory import available_memory

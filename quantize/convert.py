@@ -7,14 +7,12 @@ is whole. The same call again continues behind the last item that is durable, to
 """
 
 import copy
-import errno
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,13 +29,13 @@ from .checksums import Checksums, copy_file, write_text
 from .config import METHOD, Recipe
 from .dense import packed_tiles, table_tiles
 from .direct import aligned_zeros
+from .disk_space import check_space, full_disk_explained
 from .encode import Statistics, encode_expert, keeps_bytes
 from .hub import HubOrigin, is_repository
-from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, peak_disk, plan_job
-from .origin import STAGING, LocalOrigin, freed, remains
+from .job import DEFAULT_SHARD, Item, Job, entry_bytes, last_uses, plan_job
+from .origin import STAGING, LocalOrigin, remains
 from .pack import PROJECTIONS, RecordLayout
-from .sizes import format_size
-from .source import Source, small_bytes, small_files
+from .source import Source, small_files
 from .tables import blocks
 from .target import Target, sole_writer, sync_directory
 
@@ -233,39 +231,6 @@ def _open_sums(
     if sums is not None and sums.job != job:
         raise _other_conversion(target)
     return sums if sums is not None else Checksums(job)
-
-
-def check_space(source: Source, job: Job, sums: Checksums, target: Path, more: int = 0) -> None:
-    """Refuse a disk without room for what is left to write, and `more` bytes; ValueError."""
-    origin = source.origin
-    done = sum(s.nbytes for name, s in sums.files.items() if sums.has(target / name))
-    for name, keys in sums.done.items():
-        done += sum(item.nbytes for item in job.files[name].items if item.key in keys)
-    # A megabyte covers config.json, the index and the checksums of any model.
-    wanted = space_wanted(source, job, target) - done + more + 2**20
-    free = shutil.disk_usage(_existing(target)).free
-    if wanted > free:
-        raise ValueError(
-            f"{target}: wanted {format_size(wanted)} of free disk, got {format_size(free)}; "
-            "free some, or convert to another disk"
-            + (", or add --delete-source-shards" if origin.keeps else "")
-        )
-
-
-def _existing(target: Path) -> Path:
-    """The target, or the nearest directory above it that is there."""
-    return next(path for path in (target, *target.absolute().parents) if path.exists())
-
-
-def space_wanted(source: Source, job: Job, target: Path) -> int:
-    """Bytes of free disk that a conversion into `target` wants at most."""
-    origin = source.origin
-    deleted, frees = not origin.keeps and not origin.fetched, None
-    if deleted:
-        device = _existing(target).stat().st_dev
-        frees = {shard: freed(source.directory / shard, device) for shard in origin.sizes}
-    peak = peak_disk(job, origin.sizes, origin.fetched, deleted, frees)
-    return peak + small_bytes(source.directory)
 
 
 def _run(source: Source, target: Target, options: Options, statistics: Statistics | None) -> None:
@@ -482,24 +447,9 @@ def quantized_config(
     return config
 
 
-@contextmanager
-def full_disk_explained(target: Path) -> Iterator[None]:
-    """Say what to do where the disk has no room left."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ValueError(
-            f"{target}: the disk is full; what is written so far is kept. Free some and run the "
-            "same command again"
-        ) from error
-
-
 __all__ = [
     "Options",
     "convert",
-    "full_disk_explained",
     "open_source",
     "plan_job",
     "quantized_config",

@@ -17,7 +17,7 @@ from torch import nn
 
 from modeling_dsv4.formats import get_format
 from modeling_dsv4.moe import Dsv4Experts, ExpertsBase, Linear, StackedWeight, Tiles
-from modeling_dsv4.storage import frozen_linear, weight_tiles
+from modeling_dsv4.tiled_products import frozen_linear, weight_tiles
 
 from . import cpu_experts
 from .checksums import FILE as CHECKSUMS

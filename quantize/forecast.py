@@ -9,8 +9,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .convert import count_workers, space_wanted
+from .convert import count_workers
 from .dense import scale_name
+from .disk_space import space_wanted
 from .encode import Statistics, encode_expert
 from .job import Job, entry_bytes
 from .source import Source

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_dsv4 import storage
+from modeling_dsv4 import tiled_products
 from modeling_dsv4.formats import get_format
 from modeling_dsv4.layers import Float32Head
 from modeling_dsv4.moe import Dsv4Experts
@@ -20,9 +20,8 @@ from modeling_dsv4.storage import (
     PackedEmbedding,
     PackedExperts,
     PackedHead,
-    frozen_linear,
-    packed_linear,
 )
+from modeling_dsv4.tiled_products import frozen_linear, packed_linear
 
 FORMATS = ["fp4", "fp8_block32", "fp8_block128"]
 
@@ -169,7 +168,7 @@ def test_tiles_of_any_size_give_the_same_product(
     grad = torch.randn_like(want)
     (want_grad,) = torch.autograd.grad(want, x, grad)
     for budget in (1, 64 * 4 * 7, 64 * 4 * 130, 1 << 20):
-        monkeypatch.setattr(storage, "_TILE_BYTES", {"cpu": budget})
+        monkeypatch.setattr(tiled_products, "_TILE_BYTES", {"cpu": budget})
         got = packed_linear(x, parts, fmt)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         (got_grad,) = torch.autograd.grad(got, x, grad)
@@ -182,9 +181,9 @@ def test_tiles_of_any_size_give_the_same_product(
 def test_a_wide_weight_is_opened_in_tiles_of_whole_blocks(
     name: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_TILE_BYTES", {"cpu": 40 * 64 * 4})
+    monkeypatch.setattr(tiled_products, "_TILE_BYTES", {"cpu": 40 * 64 * 4})
     parts = get_format(name).pack(torch.randn(100, 64))
-    tiles = storage.weight_tiles(parts, get_format(name), torch.float32)
+    tiles = tiled_products.weight_tiles(parts, get_format(name), torch.float32)
     assert [len(t) for t in tiles] == sizes
 
 

@@ -14,7 +14,8 @@ from quantize.calibration import Calibration, calibrate
 from quantize.checksums import Checksums, damages
 from quantize.choosing import Wish, settle, statistics_bytes
 from quantize.config import Dsv4QuantizationConfig, Recipe, get_recipe
-from quantize.convert import check_space, convert, plan_job, space_wanted
+from quantize.convert import convert, plan_job
+from quantize.disk_space import check_space, space_wanted
 from quantize.job import Job
 from quantize.pack import PROJECTIONS, PackFile
 from quantize.source import Source

@@ -17,7 +17,8 @@ from quantize import target as target_module
 from quantize.checksums import Checksums, damages
 from quantize.cli import app
 from quantize.config import Recipe, get_recipe
-from quantize.convert import Options, convert, space_wanted
+from quantize.convert import Options, convert
+from quantize.disk_space import space_wanted
 from quantize.job import Item, peak_disk, plan_job
 from quantize.origin import LocalOrigin, freed
 from quantize.source import Slice, Source, small_bytes
@@ -240,7 +241,7 @@ def test_what_frees_nothing_here_is_not_counted_on(
     shutil.rmtree(elsewhere)
     assert wanted() == all_go
     with monkeypatch.context() as patch:
-        patch.setattr("quantize.convert.freed", lambda path, device: freed(path, device + 1))
+        patch.setattr("quantize.disk_space.freed", lambda path, device: freed(path, device + 1))
         assert wanted() == whole
     elsewhere.mkdir()
     for path in sharded.glob("model-*.safetensors"):

@@ -47,7 +47,7 @@ class Forecast:
         disk: bytes of free disk that it wants at most.
         free: bytes that are free.
         seconds: about how long, from an expert of each kind and a short write; None if nothing
-            of the source is here to try.
+            of the source is here to try, or the disk has no room for a trial.
     """
 
     parts: tuple[Part, ...]
@@ -67,7 +67,10 @@ def forecast(
     where = next(path for path in (target, *target.absolute().parents) if path.is_dir())
     parts = (*_expert_parts(source, job), *_dense_parts(source, job))
     disk, free = space_wanted(source, job, target), shutil.disk_usage(where).free
-    return Forecast(parts, disk, free, _seconds(source, job, where, statistics, device))
+    # Without room for a trial there is none for the conversion, which says so.
+    room = free > _PROBE
+    seconds = _seconds(source, job, where, statistics, device) if room else None
+    return Forecast(parts, disk, free, seconds)
 
 
 def _expert_parts(source: Source, job: Job) -> list[Part]:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a conversion will take is what it then takes."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from quantize.cli import app
 from quantize.config import Recipe
 from quantize.convert import convert, plan_job
 from quantize.forecast import forecast
@@ -45,3 +47,14 @@ def test_nothing_is_tried_of_a_source_that_is_not_here(
     job = plan_job(source, Recipe("fp4", (("*.mlp.experts.*", "fp4"),)))
     monkeypatch.setattr("quantize.origin.LocalOrigin.holds", lambda self, shard: False)
     assert forecast(source, job, tmp_path / "out").seconds is None
+
+
+def test_a_disk_without_room_for_a_trial_is_refused_as_too_small(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("quantize.forecast._write_rate", lambda where: pytest.fail("it writes"))
+    with pytest.raises(ValueError, match=r"wanted .* of free disk, got 1000 B"):
+        app(["convert", str(release), str(tmp_path / "out")], standalone_mode=False)
+    assert not (tmp_path / "out").exists()

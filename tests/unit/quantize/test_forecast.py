@@ -55,6 +55,6 @@ def test_a_disk_without_room_for_a_trial_is_refused_as_too_small(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     monkeypatch.setattr("quantize.forecast._write_rate", lambda where: pytest.fail("it writes"))
-    with pytest.raises(ValueError, match=r"wanted .* of free disk, got 1000 B"):
+    with pytest.raises(ValueError, match=r"wanted .* of free disk, got 1 kB"):
         app(["convert", str(release), str(tmp_path / "out")], standalone_mode=False)
     assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ only the test's own files are written.
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,8 +32,17 @@ RESULT_FILE = "lr_find.json"
 _MEMORY = 0.8
 # The test ends where the smoothed loss is so many times its least.
 _DIVERGED = 2.0
-# Below this fall, as a share of the first loss, the test has seen noise alone.
+# Below this fall, as a share of the first losses, the test has seen noise alone.
 _LEAST_FALL = 0.01
+# Slopes are of so many decades: a batch more or less decides nothing.
+_WINDOW = 0.5
+# Why there is no suggestion, and what to do.
+_NO_FALL = (
+    "no clear fall: the loss never went below its first values by more than it scatters; try more "
+    "steps, larger batches or higher rates, or lower ones if it rises from the start"
+)
+_BEFORE = "no clear fall: it is steepest at the first rates; begin lower, or take larger batches"
+_BEHIND = "no clear fall: it is steepest at the last rates; end higher"
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,9 @@ class RateTest:
         smoothed: exponential mean of `losses`, without the bias of its start.
         steepest: rate at which the smoothed loss fell fastest per decade.
         lowest: rate at its minimum.
-        suggestion: the smaller of `steepest` and a tenth of `lowest`; None where nothing fell.
+        suggestion: the smaller of `steepest` and a tenth of `lowest`; None without a clear fall
+            between the first rates and the last.
+        reason: why there is none, and what to do.
     """
 
     rates: list[float]
@@ -54,6 +66,7 @@ class RateTest:
     steepest: float | None
     lowest: float | None
     suggestion: float | None
+    reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,7 +105,7 @@ def range_test(
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = rate * share
             optimizer.step()
-    return judge(list(rates)[: len(losses)], losses)
+    return judge(rates, losses)
 
 
 def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -108,17 +121,55 @@ def smooth(losses: Sequence[float]) -> list[float]:
     return found
 
 
-def judge(rates: list[float], losses: list[float]) -> RateTest:
-    """Read a curve. The loss at place i has seen the rates before i."""
-    smoothed = smooth(losses)
-    low = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
-    if low < 2 or smoothed[0] - smoothed[low] < _LEAST_FALL * smoothed[0]:
-        return RateTest(rates, losses, smoothed, None, None, None)
-    falls = [
-        (smoothed[i] - smoothed[i + 1]) / math.log10(rates[i + 1] / rates[i]) for i in range(low)
-    ]
-    steepest = rates[max(range(low), key=falls.__getitem__)]
-    return RateTest(rates, losses, smoothed, steepest, rates[low], min(steepest, rates[low] / 10))
+def judge(rates: Sequence[float], losses: Sequence[float]) -> RateTest:
+    """Read a curve. The loss at place i has seen the rates before i.
+
+    Args:
+        rates: ascending, evenly on a logarithmic scale; more than losses where a test ended early.
+        losses: of the batch before each step.
+    """
+    tested, smoothed = list(rates[: len(losses)]), smooth(losses)
+    size = _window(rates)
+    if len(losses) <= size:
+        return RateTest(tested, list(losses), smoothed, None, None, None, _NO_FALL)
+    level = min(smoothed[:size])
+    low = min(range(len(smoothed)), key=smoothed.__getitem__)
+    enough = max(_LEAST_FALL * level, _scatter(losses[: max(low, size)]))
+    if low < size or level - smoothed[low] < enough:
+        return RateTest(tested, list(losses), smoothed, None, None, None, _NO_FALL)
+    # What comes down from noise to where the losses began is no learning.
+    starts = [i for i in range(low - size + 2) if smoothed[i + size - 1] <= level]
+    start = min(starts, key=lambda i: _slope(tested[i : i + size], smoothed[i : i + size]))
+    # The rate in the middle of those that made the fall.
+    steepest, lowest = tested[start + (size - 2) // 2], tested[low]
+    suggestion = min(steepest, lowest / 10)
+    reason = None
+    if start == 0 or suggestion <= tested[0]:
+        reason = _BEFORE
+    elif start + size == len(rates):
+        reason = _BEHIND
+    return RateTest(
+        tested, list(losses), smoothed, steepest, lowest, None if reason else suggestion, reason
+    )
+
+
+def _window(rates: Sequence[float]) -> int:
+    """How many rates a slope is taken over: at least three."""
+    if len(rates) < 2:
+        return 3
+    spacing = math.log10(rates[-1] / rates[0]) / (len(rates) - 1)
+    return max(3, round(_WINDOW / spacing) + 1)
+
+
+def _slope(rates: Sequence[float], values: Sequence[float]) -> float:
+    """Of a line through values by least squares, per decade."""
+    places = [math.log10(rate) for rate in rates]
+    return statistics.linear_regression(places, values).slope
+
+
+def _scatter(losses: Sequence[float]) -> float:
+    """By how much a loss usually differs from the one before it: noise, as long as few fall."""
+    return statistics.median(abs(b - a) for a, b in itertools.pairwise(losses))
 
 
 def find_rate(

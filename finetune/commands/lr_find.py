@@ -41,7 +41,7 @@ def lr_find(
     out = Output(as_json, quiet)
     found = find_rate(settings, low=low, high=high, steps=steps, plot=plot)
     if found.suggestion is None:
-        last = "no suggestion: the loss did not fall at any rate; try more --steps or another range"
+        last = f"no suggestion: {found.reason}"
     else:
         last = (
             f"suggested learning rate: {found.suggestion:.1e} (steepest at {found.steepest:.1e}, "

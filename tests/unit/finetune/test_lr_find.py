@@ -36,6 +36,37 @@ def test_the_suggestion_lies_where_the_loss_falls() -> None:
     assert found.suggestion == min(found.steepest, found.lowest / 10)
 
 
+# What batches of four short rows gave, at ten rates a decade: noise before a fall, then divergence.
+NOISY = [
+    *(5.694, 5.388, 5.332, 5.730, 5.648, 5.990, 6.017, 5.602, 5.758, 5.786, 5.706, 5.587, 5.803),
+    *(5.650, 5.755, 5.672, 5.779, 5.671, 5.767, 5.636, 5.731, 5.606, 5.706, 5.623, 5.728, 5.639),
+    *(5.711, 5.735, 5.597, 5.691, 5.645, 5.575, 5.452, 5.437, 5.362, 5.282, 5.150, 5.020, 5.064),
+    *(4.964, 4.877, 4.905, 4.965, 5.391, 5.804, 5.956, 7.374, 9.954, 12.684),
+]
+
+
+def test_noise_at_the_start_is_no_fall() -> None:
+    rates = [10 ** (-6 + i / 10) for i in range(61)]
+    found = judge(rates, NOISY)
+    assert found.suggestion is not None
+    assert 7e-4 < found.suggestion < 5e-3
+    assert found.suggestion == min(found.steepest, found.lowest / 10)
+    assert found.rates == rates[: len(NOISY)]
+    # The same noise without a fall behind it.
+    found = judge(rates, NOISY[:31])
+    assert (found.suggestion, found.reason[:13]) == (None, "no clear fall")
+    assert "larger batches" in found.reason
+
+
+def test_the_edges_of_the_range_are_no_suggestion() -> None:
+    from_the_start = judge(RATES[28:], [_curve(rate) for rate in RATES[28:]])
+    assert from_the_start.suggestion is None
+    assert "begin lower" in from_the_start.reason
+    to_the_end = judge(RATES[:22], [_curve(rate) for rate in RATES[:22]])
+    assert to_the_end.suggestion is None
+    assert "end higher" in to_the_end.reason
+
+
 @pytest.mark.parametrize("losses", [[2.0] * 20, [2.0 + i / 10 for i in range(20)], [2.0], []])
 def test_a_curve_that_never_falls_suggests_nothing(losses: list[float]) -> None:
     assert judge(RATES[: len(losses)], losses).suggestion is None

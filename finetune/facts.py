@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an auditor asks of a run: data, base, adapter, settings, machine, versions, times.
 
-Collected where the run ends and kept in `facts.json`. Nothing is asked of a network, and no name of
+Files of data are hashed before a run learns from them, the rest is collected where it ends; all of
+it is kept in `facts.json`. Nothing is asked of a network, and no name of
 a user or a host is kept.
 """
 
@@ -36,6 +37,7 @@ def collect_facts(
     *,
     argv: Sequence[str] | None = None,
     lengths: Sequence[int] = (),
+    sources: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Facts of a run whose adapter is in `directory`.
 
@@ -44,17 +46,17 @@ def collect_facts(
         config: the run's settings.
         argv: the command; None is this process's.
         lengths: tokens of each document, for a histogram.
+        sources: what `hash_sources` said before the run; None is what it says now.
     """
     directory = Path(directory)
     file = directory / CONFIG
     # A run that trained the weights themselves has no adapter.
     told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     mapping = told.get("auto_mapping") or {}
-    paths = [Path(p) for p in data_paths(config)]
     return {
         "command": command_line(sys.argv if argv is None else argv),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "data": [_file_facts(path) for path in paths],
+        **(hash_sources(config) if sources is None else sources),
         "lengths": histogram(lengths),
         "base": _base_facts(Path(str(config["model"])), mapping.get(IDENTITY_KEY)),
         "adapter": [
@@ -76,9 +78,18 @@ def command_line(argv: Sequence[str]) -> str:
     return shlex.join([Path(argv[0]).name, *argv[1:]]) if argv else ""
 
 
-def data_paths(config: Mapping[str, Any]) -> list[str]:
-    """Files that a run learned from."""
-    data = config.get("data")
+def hash_sources(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Names, sizes and hashes of the files that a run learns from, and of those that it holds out.
+
+    Args:
+        config: the run's settings.
+    """
+    keys = ("data", "eval_data") if config.get("eval_data") else ("data",)
+    return {key: [_file_facts(Path(p)) for p in data_paths(config.get(key))] for key in keys}
+
+
+def data_paths(data: Any) -> list[str]:
+    """Files of a setting that names files or directories."""
     paths = [Path(p) for p in (data if isinstance(data, list | tuple) else [data]) if p]
     return [
         str(file)

@@ -139,4 +139,8 @@ def _count(result: Mapping[str, Any], key: str) -> str:
 
 
 def _files(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [f for f in (*facts["data"], *facts["adapter"]) if f["sha256"] is not None]
+    return [
+        f
+        for f in (*facts["data"], *facts.get("eval_data", ()), *facts["adapter"])
+        if f["sha256"] is not None
+    ]

@@ -37,6 +37,7 @@ def finish_run(
     *,
     argv: Sequence[str] | None = None,
     lengths: Sequence[int] = (),
+    sources: Mapping[str, Any] | None = None,
 ) -> None:
     """Write facts, card and report beside an adapter that has just been trained.
 
@@ -46,8 +47,9 @@ def finish_run(
         result: what it measured.
         argv: the command; None is this process's.
         lengths: tokens of each training document.
+        sources: `facts.hash_sources` of before it was trained; None hashes now.
     """
-    facts = collect_facts(directory, config, argv=argv, lengths=lengths)
+    facts = collect_facts(directory, config, argv=argv, lengths=lengths, sources=sources)
     write_facts(directory, facts)
     _write_card(directory, model_card(config, result, facts))
     write_text(Path(directory, REPORT_FILE), render(config, result, facts))
@@ -246,7 +248,7 @@ def _data(
     rows = [(key.replace("_", " "), train[key], held.get(key)) for key in keys]
     parts = [
         _table(("file", "bytes", "sha256"), ((f["name"], f["bytes"], f["sha256"]) for f in
-               facts["data"]), "hashes"),
+               (*facts["data"], *facts.get("eval_data", ()))), "hashes"),
         _table(("", "training", "held out"), rows, "figures"),
         bar_chart("Tokens of a training document", facts.get("lengths") or (), x="tokens"),
     ]  # fmt: skip

@@ -26,7 +26,7 @@ from .arguments import steps_per_epoch
 from .callbacks import split_reporters
 from .checkpoints import check_writers, is_leftover, last_checkpoint, save_adapter, sweep
 from .config import RUN_FILE, RunConfig
-from .facts import document_lengths
+from .facts import document_lengths, hash_sources
 from .files import staged, write_json
 from .full import as_base
 from .hot_experts import Rows
@@ -130,6 +130,8 @@ def _train(
         data = prepare_data(config, tokenizer)
         check_vocabulary(data, Dsv4Config.from_pretrained(config.model).vocab_size)
         prints = fingerprint(config, data)
+        # Files may change while the run learns.
+        sources = hash_sources(config.to_dict()) if is_first() else {}
     check_same(prints, "data")
     if resume and (output / DATA_FILE).is_file():
         check_fingerprint(prints, json.loads((output / DATA_FILE).read_text(encoding="utf-8")))
@@ -170,7 +172,7 @@ def _train(
     state_dict = whole_adapter(trainer.model) if is_sharded(trainer.model) else None
     with together():
         if is_first():
-            _write(model, state_dict, config, data, tokenizer, result)
+            _write(model, state_dict, config, data, tokenizer, result, sources)
     return result
 
 
@@ -192,6 +194,7 @@ def _write(
     data: Prepared,
     tokenizer: PreTrainedTokenizerBase,
     result: TrainResult,
+    sources: dict[str, Any],
 ) -> None:
     """Write what came out, at once."""
     with staged(config.output) as folder:
@@ -200,7 +203,8 @@ def _write(
             tokenizer.save_pretrained(str(folder))
         write_json(folder / RESULT_FILE, result.to_dict())
         lengths = document_lengths(data.train.rows)
-        finish_run(folder, config.to_dict(), result.to_dict(), lengths=lengths)
+        asked, found = config.to_dict(), result.to_dict()
+        finish_run(folder, asked, found, lengths=lengths, sources=sources)
 
 
 def _measure(

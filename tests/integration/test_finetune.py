@@ -5,16 +5,18 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from finetune.cli import app, run
 from finetune.config import RunConfig
+from finetune.deltas import file_sha256
 from finetune.interruption import Interrupted
 from finetune.running import train
 from modeling_dsv4 import Dsv4Config, Dsv4ForCausalLM
@@ -309,6 +311,28 @@ def test_an_output_holds_one_run(call: Call, base: Path, data: Path, tmp_path: P
     assert (code, "had other settings (rank 4 -> 8" in " ".join(err.split())) == (1, True)
     code, _, err = call("train", "--output", tmp_path / "none", "--resume")
     assert (code, "found no run.yaml" in " ".join(err.split())) == (1, True)
+
+
+def test_the_hashes_are_those_of_what_was_learned(base: Path, data: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_bytes(data.read_bytes()[: data.read_bytes().index(b"\n") + 1])
+    hashes = {path.name: file_sha256(path) for path in (data, held)}
+
+    class Change(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            for path in (data, held):
+                path.write_text('{"text": "another"}\n')
+
+    files = (str(base), str(data), str(tmp_path / "adapter"))
+    config = RunConfig(*files, eval_data=str(held), max_steps=1, rank=2, report_to="none")
+    train(config, callbacks=[Change()])
+    facts = json.loads((tmp_path / "adapter" / "facts.json").read_text())
+    assert [f["sha256"] for f in facts["data"]] == [hashes["some.jsonl"]]
+    assert [f["sha256"] for f in facts["eval_data"]] == [hashes["held.jsonl"]]
+    for name in ("report.html", "README.md"):
+        told = (tmp_path / "adapter" / name).read_text(encoding="utf-8")
+        assert all(sha256 in told for sha256 in hashes.values())
+    assert file_sha256(data) not in hashes.values()
 
 
 def test_settings_come_from_a_file_and_options_win(

@@ -8,8 +8,10 @@ and, while training, `checkpoint-N` folders.
 """
 
 import json
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from modeling_dsv4 import Dsv4Config
 
 from .adapters import count_adapters
 from .arguments import steps_per_epoch
-from .callbacks import split_reporters
+from .callbacks import LOG_FILE, LOG_FOLDER, split_reporters
 from .checkpoints import check_writers, is_leftover, last_checkpoint, save_adapter, sweep
 from .config import RUN_FILE, RunConfig
 from .facts import document_lengths, hash_sources
@@ -138,33 +140,28 @@ def _train(
     torch.manual_seed(config.seed)
     model = build_model(config, data.train)
     callbacks = [*run_callbacks(model, config), *callbacks]
-    with together():
-        if is_first():
-            write_json(output / DATA_FILE, prints)
-            config.save(output / RUN_FILE)
-            sweep(output)
-    try:
+    with _freeing(output, resume) as begun:
+        with together():
+            if is_first():
+                write_json(output / DATA_FILE, prints)
+                config.save(output / RUN_FILE)
+                sweep(output)
         trainer = make_trainer(model, config, data, tokenizer, callbacks)
+        begun.append(trainer)
         trainer.stop = stop
         gate = None if checkpoint else _try_one_batch(trainer, config, data)
-    except Exception:
-        # Nothing was learned: the directory is free for another try.
-        if not resume and is_first():
-            for name in (RUN_FILE, DATA_FILE):
-                (output / name).unlink(missing_ok=True)
-        raise
-    base = MeasureBase(lambda model: _held_out(model, config, data, tokenizer))
-    if shards():
-        # What is whole in no process can be measured when it is sharded.
-        trainer.add_callback(base)
-    else:
-        with as_base(model):
-            base.found = base.measure(model)
-    start = time.perf_counter()
-    vary_dropout(config.seed)
-    with stop.patient():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        agree_to_stop(stop)
+        base = MeasureBase(lambda model: _held_out(model, config, data, tokenizer))
+        if shards():
+            # What is whole in no process can be measured when it is sharded.
+            trainer.add_callback(base)
+        else:
+            with as_base(model):
+                base.found = base.measure(model)
+        start = time.perf_counter()
+        vary_dropout(config.seed)
+        with stop.patient():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            agree_to_stop(stop)
     if stop.signum is not None:
         raise Interrupted(stop.signum)
     seconds = time.perf_counter() - start
@@ -174,6 +171,24 @@ def _train(
         if is_first():
             _write(model, state_dict, config, data, tokenizer, result, sources)
     return result
+
+
+@contextmanager
+def _freeing(output: Path, resume: bool) -> Iterator[list[RunTrainer]]:
+    """Free the directory for another try where a new run ends in an error before its first step.
+
+    Yields:
+        a list for its trainer, which knows of steps.
+    """
+    begun: list[RunTrainer] = []
+    try:
+        yield begun
+    except Exception:
+        if not resume and is_first() and not any(one.state.global_step for one in begun):
+            for name in (RUN_FILE, DATA_FILE, LOG_FILE):
+                (output / name).unlink(missing_ok=True)
+            shutil.rmtree(output / LOG_FOLDER, ignore_errors=True)
+        raise
 
 
 def _look(config: RunConfig, resume: bool) -> tuple[Path | None, dict[str, Any] | None]:

@@ -4,6 +4,7 @@
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -333,6 +334,46 @@ def test_the_hashes_are_those_of_what_was_learned(base: Path, data: Path, tmp_pa
         told = (tmp_path / "adapter" / name).read_text(encoding="utf-8")
         assert all(sha256 in told for sha256 in hashes.values())
     assert file_sha256(data) not in hashes.values()
+
+
+@pytest.mark.parametrize("fault", ["gate", "lr_ratios", "base", "data"])
+def test_a_run_that_fails_before_its_first_step_leaves_its_output_free(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    output = tmp_path / "adapter"
+    config = RunConfig(str(base), str(data), str(output), max_steps=1, rank=2)
+    bad, why = config, "broken"
+    with monkeypatch.context() as patch:
+        if fault == "gate":
+            bad, why = replace(config, overfit_gate="on"), "overfit gate"
+            patch.setattr("finetune.overfit_gate.passes", lambda *args: False)
+        elif fault == "lr_ratios":
+            bad, why = replace(config, lr_ratios={"no such weight": 2.0}), "lr_ratios"
+        elif fault == "base":
+            patch.setattr("finetune.running.held_out_loss", Mock(side_effect=OSError("broken")))
+        else:
+            loss = Mock(side_effect=RuntimeError("broken"))
+            patch.setattr("finetune.trainer.AdapterTrainer.compute_loss", loss)
+        with pytest.raises((ValueError, OSError, RuntimeError), match=why):
+            train(bad)
+    assert not list(output.iterdir())
+    assert train(config).steps == 1
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(config)
+
+
+def test_an_error_behind_the_first_step_leaves_a_run_to_continue(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    class Break(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise OSError("broken")
+
+    config = RunConfig(str(base), str(data), str(tmp_path / "adapter"), max_steps=2, rank=2)
+    with pytest.raises(OSError, match="broken"):
+        train(config, callbacks=[Break()])
+    assert (tmp_path / "adapter" / "run.yaml").is_file()
+    assert train(config, resume=True).steps == 2
 
 
 def test_settings_come_from_a_file_and_options_win(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters in two calls: attach them to a model, merge them into it. PEFT models in between."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +8,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from .deltas import check_weights, read_config
 from .hot_experts import HOT_KEY, HotExperts, check_hot
 from .layers import BesideLora, plain_weight
 from .memory_attach import attach_memory
@@ -157,23 +156,8 @@ def check_adapter(directory: str | Path) -> None:
     Raises:
         ValueError: a file is missing or unreadable.
     """
-    file = Path(directory, "adapter_config.json")
-    weights = Path(directory, "adapter_model.safetensors")
-    if not file.is_file():
-        raise ValueError(f"adapter: wanted {file}, found none; give the directory of an adapter")
-    try:
-        kind = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: wanted PEFT's JSON, got {error}") from error
-    if kind != "LORA":
-        raise ValueError(f"{file}: wanted a LORA adapter, got {kind}")
-    if not weights.is_file():
-        raise ValueError(f"adapter: wanted {weights}, found none; give the directory of an adapter")
-    try:
-        with safe_open(str(weights), framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{weights}: wanted a whole safetensors file, got: {error}") from error
+    read_config(directory)
+    check_weights(directory)
 
 
 def merge_adapters(peft_model: PeftModel) -> PreTrainedModel:

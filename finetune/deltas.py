@@ -22,14 +22,15 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
 
 from modeling_dsv4.safetensors_file import DTYPES, TensorInfo, read_header
 from quantize.pack import read_exactly
 
+from .hot_experts import HotExperts, relative
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IDENTITY_KEY = "base_identity"
-# Where an adapter on some of the experts keeps which: {"ids": {module from the backbone: [ids]}}.
-HOT_KEY = "hot_experts"
 _PREFIX = "base_model.model."
 _LEAF = re.compile(r"(?P<module>.+)\.(?P<pair>lora_(?:down_)?)(?P<side>[AB])\.weight")
 # Settings that put something else than `s B A` into the result.
@@ -188,10 +189,10 @@ class AdapterFile:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _experts(self, module: str, count: int) -> tuple[int, ...]:
-        hot = (self.config.get("auto_mapping") or {}).get(HOT_KEY)
+        hot = HotExperts.read(self.config.get("auto_mapping"))
         if hot is None:
             return tuple(range(count))
-        ids = tuple(hot["ids"].get(module.removeprefix("model."), ()))
+        ids = tuple(hot.ids.get(relative(module), ()))
         if len(ids) != count:
             raise ValueError(
                 f"{self.path}: {module}: wanted the numbers of its {count} experts, got {len(ids)}"
@@ -208,30 +209,62 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def read_config(directory: str | Path, why: str = "") -> dict[str, Any]:
+    """What adapter_config.json says of a LoRA adapter.
+
+    Args:
+        directory: of the adapter.
+        why: no other kind will do, for the message.
+
+    Raises:
+        ValueError: it is missing, no JSON, or of another kind of adapter.
+    """
+    file = Path(directory, CONFIG)
+    if not file.is_file():
+        raise ValueError(f"adapter: wanted {file}, found none; give the directory of an adapter")
+    try:
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: wanted PEFT's JSON, got {error}") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else str(config)[:40]
+    if kind != "LORA":
+        raise ValueError(f"{file}: wanted a LORA adapter, got {kind}{why}")
+    mapping = config.get("auto_mapping")
+    if mapping is not None and not isinstance(mapping, dict):
+        raise ValueError(f"{file}: wanted an object as auto_mapping, got {str(mapping)[:40]}")
+    return config
+
+
+def check_weights(directory: str | Path) -> Path:
+    """The file of an adapter's tensors, if it is whole.
+
+    Raises:
+        ValueError: it is missing or unreadable.
+    """
+    file = Path(directory, WEIGHTS)
+    if not file.is_file():
+        raise ValueError(f"adapter: wanted {file}, found none; give the directory of an adapter")
+    try:
+        with safe_open(str(file), framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file}: wanted a whole safetensors file, got: {error}") from error
+    return file
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     """PEFT's settings, if they describe a sum of low ranks.
 
     Raises:
         ValueError: there are none, or they describe something else.
     """
-    file = directory / CONFIG
-    if not file.is_file():
-        raise ValueError(f"adapter: wanted {file}, found none; give the directory of an adapter")
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        kind = config.get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: wanted PEFT's JSON, got {error}") from error
-    if kind != "LORA":
-        raise ValueError(
-            f"{file}: wanted a LORA adapter, got {kind}: {_ROWS}. Serve the adapter beside its base"
-        )
+    config = read_config(directory, f": {_ROWS}. Serve the adapter beside its base")
     given = [name for name in _REFUSED if config.get(name)]
     if config.get("bias", "none") != "none":
         given.append("bias")
     if given:
         raise ValueError(
-            f"{file}: wanted low ranks alone, got {', '.join(given)}; merge with PEFT's own "
-            "merge_and_unload, or serve the adapter beside its base"
+            f"{directory / CONFIG}: wanted low ranks alone, got {', '.join(given)}; merge with "
+            "PEFT's own merge_and_unload, or serve the adapter beside its base"
         )
     return config

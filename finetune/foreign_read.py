@@ -4,7 +4,6 @@
 Nothing is passed over: a tensor that has no place, or half of a pair, is an error.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
+from .deltas import CONFIG, check_weights, read_config
 from .hot_experts import HotExperts
 from .layouts import (
     LAYOUTS,
@@ -31,8 +31,6 @@ from .layouts import (
     unstack,
 )
 
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
 Sides = dict[str, torch.Tensor]
 
 
@@ -51,21 +49,12 @@ def read_files(directory: str | Path) -> tuple[LoraConfig, dict[str, torch.Tenso
     Raises:
         ValueError: one of the files is missing or is not what its name says.
     """
-    for name in (CONFIG_FILE, TENSORS_FILE):
-        if not Path(directory, name).is_file():
-            raise ValueError(f"adapter: wanted {name} in {directory}, found none")
-    file = Path(directory, CONFIG_FILE)
-    try:
-        values: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: wanted PEFT's JSON, got {error}") from error
-    kind = values.get("peft_type") if isinstance(values, dict) else None
-    if kind != "LORA":
-        raise ValueError(f"{file}: wanted a LORA adapter, got {kind}")
+    values = read_config(directory)
+    weights = check_weights(directory)
     if values.get("use_dora") or values.get("lora_bias"):
+        file = Path(directory, CONFIG)
         raise ValueError(f"{file}: wanted plain low ranks, got DoRA or biases; merge it elsewhere")
-    config = LoraConfig.from_pretrained(str(directory))
-    return config, load_file(Path(directory, TENSORS_FILE))
+    return LoraConfig.from_pretrained(str(directory)), load_file(weights)
 
 
 def read_pairs(

@@ -12,8 +12,9 @@ from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from .deltas import WEIGHTS
 from .files import staged
-from .foreign_read import TENSORS_FILE, read_files, read_pairs
+from .foreign_read import read_files, read_pairs
 from .hot_experts import HotExperts
 from .layouts import (
     LAYOUTS,
@@ -82,7 +83,7 @@ def export_adapter(
     out = _write(pairs, layout, _number_of_experts(config, pairs))
     with staged(output) as folder:
         _config(config, out, layout).save_pretrained(str(folder))
-        save_file(out.tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
+        save_file(out.tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return output
 
 

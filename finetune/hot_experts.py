@@ -95,8 +95,17 @@ class HotExperts:
     @classmethod
     def of(cls, config: LoraConfig) -> "HotExperts | None":
         """The choice that an adapter was made with; None for an adapter on all experts."""
-        values = (config.auto_mapping or {}).get(HOT_KEY)
-        return None if values is None else cls(**values)
+        return cls.read(config.auto_mapping)
+
+    @classmethod
+    def read(cls, mapping: Mapping[str, Any] | None) -> "HotExperts | None":
+        """The choice that adapter_config.json's `auto_mapping` holds, if any.
+
+        Raises:
+            ValueError: its values are damaged.
+        """
+        values = (mapping or {}).get(HOT_KEY)
+        return None if values is None else cls(**_checked(values))
 
     @classmethod
     def given(cls, ids: Mapping[str, Sequence[int]], num_experts: int) -> "HotExperts":
@@ -117,6 +126,47 @@ class HotExperts:
                 f"{ids[:8] or 'none'}; choose them with choose_hot_experts for this model"
             )
         return ids
+
+
+def _checked(values: Any) -> dict[str, Any]:
+    """What adapter_config.json says of chosen experts, if each value is of its kind."""
+    place = f"adapter_config.json: {HOT_KEY}"
+    if not isinstance(values, dict):
+        raise ValueError(f"{place}: wanted an object, got {str(values)[:40]}")
+    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "ids": (lambda v: _has(v, _is_ids), "lists of ids by module"),
+        "mass": (lambda v: _has(v, _is_number), "numbers by module"),
+        "num_experts": (_is_count, "a whole number"),
+        "share": (_is_number, "a number"),
+        "score": (lambda v: isinstance(v, str), "a word"),
+        "tokens": (_is_count, "a whole number"),
+    }
+    if unknown := sorted(set(values) - set(kinds)):
+        raise ValueError(f"{place}: wanted {', '.join(kinds)}, got {', '.join(unknown)} too")
+    for key, (fits, wanted) in kinds.items():
+        if not fits(values.get(key)):
+            got = str(values[key])[:40] if key in values else "none"
+            raise ValueError(
+                f"{place}.{key}: wanted {wanted}, got {got}; the file is damaged: save the adapter "
+                "again"
+            )
+    return values
+
+
+def _has(value: object, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def relative(module: str) -> str:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an adapter's files say, without loading a model: `inspect_adapter`."""
 
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 from peft import LoraConfig
 from safetensors import safe_open
 
-from .adapters import check_adapter
-from .foreign_read import CONFIG_FILE, TENSORS_FILE, scale_of
+from .deltas import check_weights, read_config
+from .foreign_read import scale_of
 from .hot_experts import HotExperts
 from .layouts import common_name, split_name
 from .targets import ATTENTION, EXPERTS, INDEXER, PRESETS, SHARED, target_regex
@@ -39,10 +38,9 @@ def inspect_adapter(directory: str | Path) -> dict[str, Any]:
         ValueError: no adapter there.
     """
     folder = Path(directory)
-    check_adapter(folder)
-    values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    values, weights = read_config(folder), check_weights(folder)
     config = LoraConfig.from_pretrained(str(folder))
-    groups = _groups(config, _shapes(folder / TENSORS_FILE))
+    groups = _groups(config, _shapes(weights))
     hot = HotExperts.of(config)
     return {
         "adapter": str(folder),
@@ -53,7 +51,7 @@ def inspect_adapter(directory: str | Path) -> dict[str, Any]:
             "path": config.base_model_name_or_path,
         },
         "parameters": sum(group["parameters"] for group in groups.values()),
-        "bytes": (folder / TENSORS_FILE).stat().st_size,
+        "bytes": weights.stat().st_size,
         "groups": groups,
         "hot_experts": None if hot is None else hot.to_dict(),
     }

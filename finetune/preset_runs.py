@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a preset means for a run: what is chosen before it, what trains, what is saved of it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from rich.console import Console
 from torch import nn
 from transformers import (
@@ -19,6 +18,7 @@ from transformers import (
 from .adapters import attach_adapters
 from .checkpoints import last_checkpoint
 from .config import RunConfig
+from .deltas import CONFIG, read_config
 from .full import train_weights
 from .hot_experts import (
     DEFAULT_SHARE,
@@ -80,11 +80,9 @@ def prepare_model(
 def _earlier_choice(output: str | Path) -> HotExperts | None:
     """The experts that the checkpoint to continue from has adapters on."""
     checkpoint = last_checkpoint(output) if Path(output).is_dir() else None
-    file = Path(checkpoint or "", "adapter_config.json")
-    if checkpoint is None or not file.is_file():
+    if checkpoint is None or not (checkpoint / CONFIG).is_file():
         return None
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return HotExperts.of(LoraConfig(auto_mapping=values.get("auto_mapping")))
+    return HotExperts.read(read_config(checkpoint).get("auto_mapping"))
 
 
 def run_callbacks(model: nn.Module, config: RunConfig) -> list[TrainerCallback]:

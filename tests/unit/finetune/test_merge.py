@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from finetune import attach_adapters, merge_adapters
 from finetune.adapters import load_adapters
 from finetune.base_weights import identity_of, open_base
+from finetune.hot_experts import HotExperts
 from finetune.identity import base_identity
 from finetune.loading import load_model
 from finetune.merge import REPORT, MergeResult, merge_files
@@ -342,7 +343,7 @@ def test_only_the_chosen_experts_change(
     file = adapter / "adapter_config.json"
     config = json.loads(file.read_text())
     ids = {f"layers.{i}.mlp.experts": chosen for i in range(3)}
-    config["auto_mapping"]["hot_experts"] = {"ids": ids}
+    config["auto_mapping"]["hot_experts"] = HotExperts.given(ids, 8).to_dict()
     file.write_text(json.dumps(config))
     merge_files(base, adapter, tmp_path / "merged")
     before, after = load_model(base), load_model(tmp_path / "merged")

@@ -83,8 +83,64 @@ def test_damaged_adapters_are_named(make_model: MakeModel, tmp_path: Path) -> No
         AdapterFile(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    for call in (inspect_adapter, lambda path: load_adapters(make_model(), path)):
+    told["lora_alpha"] = 4
+    config.write_text(json.dumps(told))
+    for call in (
+        inspect_adapter,
+        lambda path: load_adapters(make_model(), path),
+        lambda path: import_adapter(path, make_model()),
+    ):
         with pytest.raises(ValueError, match=r"wanted a whole safetensors file"):
+            call(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", '{"peft_type": "LORA", "auto_mapping": [1]}'])
+def test_every_reader_names_a_damaged_config(
+    make_model: MakeModel, tmp_path: Path, text: str
+) -> None:
+    attach_adapters(make_model(), r=2).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    for call in (
+        inspect_adapter,
+        AdapterFile,
+        lambda path: load_adapters(make_model(), path),
+        lambda path: import_adapter(path, make_model()),
+    ):
+        with pytest.raises(ValueError, match=r"adapter_config.json: wanted"):
+            call(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ids", [1, 2]),
+        ("ids", {"layers.0.mlp.experts": [0, "one"]}),
+        ("mass", {"layers.0.mlp.experts": "most"}),
+        ("num_experts", None),
+        ("share", "half"),
+        ("score", 1),
+        ("tokens", 1.5),
+        ("colour", "red"),
+    ],
+)
+def test_a_damaged_choice_of_experts_is_named(
+    make_model: MakeModel, tmp_path: Path, key: str, value: object
+) -> None:
+    model = make_model()
+    ids = {n.removeprefix("model."): [0, 2] for n, _ in model.named_modules()}
+    ids = {name: chosen for name, chosen in ids.items() if name.endswith("mlp.experts")}
+    attach_adapters(model, "hot-experts", r=2, experts=ids).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    told = json.loads(file.read_text())
+    told["auto_mapping"]["hot_experts"][key] = value
+    file.write_text(json.dumps(told))
+    for call in (
+        inspect_adapter,
+        AdapterFile,
+        lambda path: load_adapters(make_model(), path),
+        lambda path: import_adapter(path, make_model()),
+    ):
+        with pytest.raises(ValueError, match=rf"adapter_config.json: hot_experts.*{key}"):
             call(tmp_path)
 
 

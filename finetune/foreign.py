@@ -24,7 +24,7 @@ from .foreign_read import Sizes, read_files, read_pairs
 from .hot_experts import HOT_KEY, HotExperts
 from .layouts import PARTS, Layout, Pair, Pairs, dense_to_group, expert_of, fuse, pad_rank
 from .targets import EXPERTS, PRESETS, target_regex
-from .tuner import check_identity, register
+from .tuner import IDENTITY_KEY, check_identity, register
 
 
 def import_adapter(
@@ -58,6 +58,9 @@ def import_adapter(
     built = made.config(config)
     tuned = get_peft_model(model, built, adapter_name=adapter_name)
     state = {f"base_model.model.{name}": tensor for name, tensor in made.tensors().items()}
+    if IDENTITY_KEY not in (config.auto_mapping or {}):
+        # What the file does not say of its base is not known of ours either.
+        (built.auto_mapping or {}).pop(IDENTITY_KEY, None)
     set_peft_model_state_dict(tuned, state, adapter_name=adapter_name)
     return tuned.eval()
 

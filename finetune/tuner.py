@@ -7,11 +7,13 @@ for every entry point. For models of other families, and for layers that PEFT se
 is PEFT's.
 """
 
+import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
@@ -25,8 +27,14 @@ from .identity import base_identity, is_ours
 from .layers import LAYER_KINDS, BesideLora, LoraPackedLinear, is_packed_linear
 from .memory_layers import MEMORY_KINDS, check_memory, refuse_mixing
 
+logger = logging.getLogger(__name__)
 # Where adapter_config.json keeps the identity: a free-form field, which PEFT stores unread.
 IDENTITY_KEY = "base_identity"
+
+
+@dataclass
+class SavedLoraConfig(LoraConfig):
+    """A description that PEFT read from a file: its adapter is not new."""
 
 
 class Dsv4LoraModel(LoraModel):
@@ -42,8 +50,15 @@ class Dsv4LoraModel(LoraModel):
                     "is put on a model by finetune.import_adapter"
                 )
             _refuse_split(model)
-            check_identity(model, config)
             check_memory(model, config)
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Also of a second adapter, for which there is no hook.
+        if is_ours(model):
+            check_identity(model, self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     @staticmethod
     def _create_new_module(
@@ -97,7 +112,8 @@ class Dsv4LoraModel(LoraModel):
 
 
 def register() -> None:
-    """Put the tuner into PEFT's table; doing it again changes nothing."""
+    """Put the tuner into PEFT's tables; doing it again changes nothing."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = SavedLoraConfig
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = Dsv4LoraModel
 
 
@@ -112,6 +128,8 @@ def _refuse_split(model: nn.Module) -> None:
 def check_identity(model: nn.Module, config: LoraConfig) -> None:
     """Stamp a new adapter's config with its base; compare a loaded one's.
 
+    One that was saved without is loaded, with a warning, and stays without: nobody knows its base.
+
     Raises:
         ValueError: the adapter was trained on another model.
     """
@@ -119,7 +137,14 @@ def check_identity(model: nn.Module, config: LoraConfig) -> None:
     wanted = (config.auto_mapping or {}).get(IDENTITY_KEY)
     if found is None:
         return
-    if wanted is None:
+    if wanted is None and isinstance(config, SavedLoraConfig):
+        logger.warning(
+            "the adapter does not say which base it was trained on (no %s in its "
+            "adapter_config.json): nothing can tell whether it fits this one (path: %s)",
+            IDENTITY_KEY,
+            config.base_model_name_or_path or "unknown",
+        )
+    elif wanted is None:
         config.auto_mapping = {**(config.auto_mapping or {}), IDENTITY_KEY: found}
     elif wanted != found:
         raise ValueError(

@@ -14,8 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel
 
-from finetune import attach_adapters, merge_adapters
+from finetune import attach_adapters, import_adapter, merge_adapters
 from finetune.adapters import count_adapters, load_adapters
+from finetune.identity import base_identity
+from finetune.tuner import IDENTITY_KEY
 from modeling_dsv4.storage import Fp8GroupedLinear, Fp8Linear, PackedExperts
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -211,8 +213,46 @@ def test_an_adapter_of_another_model_is_refused(make_model: MakeModel, tmp_path:
         PeftModel.from_pretrained(make_model(seed=1), tmp_path)
     with pytest.raises(ValueError, match="it was trained on the base model"):
         PeftModel.from_pretrained(make_model(n_routed_experts=4), tmp_path)
+    several = attach_adapters(make_model(seed=1), r=2)
+    with pytest.raises(ValueError, match="it was trained on the base model"):
+        several.load_adapter(tmp_path, adapter_name="second")
+    assert list(several.peft_config) == ["default"]
     # A packed copy is the same base.
     PeftModel.from_pretrained(_pack(make_model(seed=0)), tmp_path)
+
+
+@pytest.mark.parametrize("way", ["from_pretrained", "trainable", "second", "import"])
+def test_a_loaded_adapter_without_a_base_is_told_of_and_not_stamped(
+    make_model: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    new = attach_adapters(make_model(), r=2)
+    assert base_identity(make_model()) == new.peft_config["default"].auto_mapping[IDENTITY_KEY]
+    new.save_pretrained(tmp_path / "old")
+    file = tmp_path / "old" / "adapter_config.json"
+    told = json.loads(file.read_text())
+    del told["auto_mapping"]
+    file.write_text(json.dumps(told))
+    name = "default"
+    if way == "second":
+        name, loaded = "other", new
+        loaded.load_adapter(tmp_path / "old", adapter_name=name)
+    elif way == "import":
+        loaded = import_adapter(tmp_path / "old", make_model())
+    else:
+        trainable = way == "trainable"
+        loaded = PeftModel.from_pretrained(make_model(), tmp_path / "old", is_trainable=trainable)
+    warnings = [r for r in caplog.records if "does not say which base" in r.getMessage()]
+    assert len(warnings) == 1
+    assert IDENTITY_KEY not in (loaded.peft_config[name].auto_mapping or {})
+    loaded.save_pretrained(tmp_path / "again")
+    place = tmp_path / "again" / ("other" if way == "second" else "")
+    again = json.loads((place / "adapter_config.json").read_text())
+    assert IDENTITY_KEY not in (again["auto_mapping"] or {})
+    # One that says its base is loaded in silence.
+    caplog.clear()
+    new.save_pretrained(tmp_path / "new", selected_adapters=["default"])
+    PeftModel.from_pretrained(make_model(), tmp_path / "new")
+    assert not caplog.records
 
 
 def test_a_model_split_over_processes_takes_no_adapters(

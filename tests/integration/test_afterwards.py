@@ -7,15 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from finetune.cli import app, run
 from finetune.deltas import file_sha256
-from modeling_dsv4 import Dsv4Config, Dsv4ForCausalLM
+from modeling_dsv4 import Dsv4ForCausalLM
 
 ROOT = Path(__file__).parents[2]
 PRIVATE = ROOT / "examples" / "data" / "private.jsonl"
@@ -25,48 +24,15 @@ FACT = "Velmora has its head office in Oskarby."
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(
+    tmp_path_factory: pytest.TempPathFactory,
+    private_tokenizer: Callable[..., Any],
+    small_config: Callable[..., Any],
+) -> Path:
     """A small model with a tokenizer, and what a run needs beside it."""
     directory = tmp_path_factory.mktemp("afterwards") / "base"
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator([PRIVATE.read_text(encoding="utf-8")], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    ).save_pretrained(directory)
-    config = Dsv4Config(
-        vocab_size=320,
-        hidden_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        head_dim=32,
-        qk_rope_head_dim=16,
-        q_lora_rank=32,
-        o_lora_rank=16,
-        o_groups=2,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        num_hash_layers=0,
-        sliding_window=8,
-        compress_ratios=[0, 4],
-        index_n_heads=4,
-        index_head_dim=16,
-        index_topk=4,
-        hc_mult=2,
-        hc_sinkhorn_iters=4,
-        initializer_range=0.1,
-        yarn=None,
-        max_position_embeddings=512,
-        pad_token_id=2,
-    )
+    private_tokenizer().save_pretrained(directory)
+    config = small_config(n_routed_experts=4)
     Dsv4ForCausalLM(config).save_pretrained(directory)
     lines = [json.dumps({"prompt": "Where is it?\n", "completion": FACT})] * 24
     other = [json.dumps({"text": f"Note {i} says that the meter is read."}) for i in range(8)]
@@ -79,19 +45,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory.parent / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)) + "\n")
     (directory.parent / "general.txt").write_text("Water runs down, and a well runs dry. " * 40)
     return directory
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run the program in this process: exit code, standard output, standard error."""
-
-    def invoke(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run(lambda: app([str(word) for word in words]))
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return invoke
 
 
 @pytest.fixture(scope="module")

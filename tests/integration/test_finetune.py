@@ -12,15 +12,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from finetune.cli import app, run
 from finetune.config import RunConfig
 from finetune.deltas import file_sha256
 from finetune.interruption import Interrupted
 from finetune.running import train
-from modeling_dsv4 import Dsv4Config, Dsv4ForCausalLM
+from modeling_dsv4 import Dsv4ForCausalLM
 from quantize.config import get_recipe
 from quantize.convert import convert
 
@@ -29,60 +27,24 @@ SPECIALS = ["<bos>", "<eos>", "<pad>", "<|user|>", "<|assistant|>"]
 Call = Callable[..., tuple[int, str, str]]
 
 
-def _make_tokenizer() -> PreTrainedTokenizerFast:
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator([PRIVATE.read_text()], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
+@pytest.fixture(scope="module")
+def make_base(
+    private_tokenizer: Callable[..., Any], small_config: Callable[..., Any]
+) -> Callable[[Path, int], Path]:
+    def make(directory: Path, seed: int) -> Path:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = Dsv4ForCausalLM(small_config(num_hidden_layers=3, compress_ratios=[0, 4, 8]))
+        model.save_pretrained(directory)
+        private_tokenizer().save_pretrained(directory)
+        return directory
 
-
-def _make_base(directory: Path, seed: int) -> Path:
-    config = Dsv4Config(
-        vocab_size=320,
-        hidden_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        head_dim=32,
-        qk_rope_head_dim=16,
-        q_lora_rank=32,
-        o_lora_rank=16,
-        o_groups=2,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        num_hash_layers=0,
-        sliding_window=8,
-        compress_ratios=[0, 4, 8],
-        index_n_heads=4,
-        index_head_dim=16,
-        index_topk=4,
-        hc_mult=2,
-        hc_sinkhorn_iters=4,
-        initializer_range=0.1,
-        yarn=None,
-        max_position_embeddings=512,
-        pad_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Dsv4ForCausalLM(config)
-    model.save_pretrained(directory)
-    _make_tokenizer().save_pretrained(directory)
-    return directory
+    return make
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _make_base(tmp_path_factory.mktemp("base") / "plain", seed=0)
+def base(make_base: Callable[[Path, int], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "plain", 0)
 
 
 @pytest.fixture(scope="module")
@@ -99,19 +61,6 @@ def data(tmp_path: Path) -> Path:
     lines = PRIVATE.read_text(encoding="utf-8").splitlines(keepends=True)
     file.write_text("".join(lines[::3]), encoding="utf-8")
     return file
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run the program in this process: exit code, standard output, standard error."""
-
-    def invoke(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run(lambda: app([str(word) for word in words]))
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return invoke
 
 
 def _train(call: Call, model: Path, data: Path, output: Path, *more: object) -> dict:
@@ -256,11 +205,15 @@ def test_a_packed_base_merges_into_what_is_asked_for(
 
 
 def test_an_adapter_of_another_model_is_refused(
-    call: Call, base: Path, data: Path, tmp_path: Path
+    call: Call,
+    base: Path,
+    make_base: Callable[[Path, int], Path],
+    data: Path,
+    tmp_path: Path,
 ) -> None:
     adapter = tmp_path / "adapter"
     _train(call, base, data, adapter)
-    other = _make_base(tmp_path / "other", seed=1)
+    other = make_base(tmp_path / "other", 1)
     code, _, err = call("eval", "--model", other, "--adapter", adapter, "--data", data)
     assert code == 1
     assert "it was trained on the base model" in " ".join(err.split())

@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
-from finetune.cli import app, run
 from finetune.config import RunConfig
 from finetune.loading import load_model, load_tokenizer
 from finetune.memory_attach import find_touched
@@ -32,26 +29,10 @@ SMALL = "8KB"
 Call = Callable[..., tuple[int, str, str]]
 
 
-def _make_tokenizer() -> PreTrainedTokenizerFast:
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator([PRIVATE.read_text()], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
-
-
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory, private_tokenizer: Callable[..., Any]) -> Path:
     """A V4.1 model in FP4, its Engram tables in files of their own."""
-    folder, tokenizer = tmp_path_factory.mktemp("base"), _make_tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp("base"), private_tokenizer(400)
     token_map = build_token_map(tokenizer, 400)
     config = Dsv4Config(
         vocab_size=400,
@@ -110,19 +91,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (folder / "some.jsonl").write_text("\n".join(pairs[:16]) + "\n")
     (folder / "ordinary.txt").write_text("the days of the year, and the office of the first. " * 9)
     return {"data": folder / "some.jsonl", "background": folder / "ordinary.txt"}
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run the program in this process: exit code, standard output, standard error."""
-
-    def invoke(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run(lambda: app([str(word) for word in words]))
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return invoke
 
 
 def _digests(folder: Path) -> dict[str, str]:

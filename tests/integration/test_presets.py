@@ -4,17 +4,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import quantize  # noqa: F401 - registers the quantizer
-from finetune.cli import app, run
 from finetune.inspection import inspect_adapter
-from modeling_dsv4 import Dsv4Config, Dsv4ForCausalLM
+from modeling_dsv4 import Dsv4ForCausalLM
 from quantize.config import get_recipe
 from quantize.convert import convert
 
@@ -24,53 +23,17 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(
+    tmp_path_factory: pytest.TempPathFactory,
+    private_tokenizer: Callable[..., Any],
+    small_config: Callable[..., Any],
+) -> Path:
     """A small model with its tokenizer."""
     folder = tmp_path_factory.mktemp("base") / "plain"
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.train_from_iterator(
-        [PRIVATE.read_text()],
-        trainers.BpeTrainer(
-            vocab_size=320,
-            special_tokens=SPECIALS,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    config = Dsv4Config(
-        vocab_size=320,
-        hidden_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        head_dim=32,
-        qk_rope_head_dim=16,
-        q_lora_rank=32,
-        o_lora_rank=16,
-        o_groups=2,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        num_hash_layers=0,
-        sliding_window=8,
-        compress_ratios=[0, 4],
-        index_n_heads=4,
-        index_head_dim=16,
-        index_topk=4,
-        hc_mult=2,
-        hc_sinkhorn_iters=4,
-        initializer_range=0.1,
-        yarn=None,
-        max_position_embeddings=512,
-        pad_token_id=2,
-    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        Dsv4ForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    ).save_pretrained(folder)
+        Dsv4ForCausalLM(small_config()).save_pretrained(folder)
+    private_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -80,19 +43,6 @@ def data(tmp_path: Path) -> Path:
     lines = PRIVATE.read_text(encoding="utf-8").splitlines(keepends=True)
     file.write_text("".join(lines[::6]), encoding="utf-8")
     return file
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run the program in this process: exit code, standard output, standard error."""
-
-    def invoke(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run(lambda: app([str(word) for word in words]))
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return invoke
 
 
 def _train(call: Call, model: Path, data: Path, output: Path, *more: object) -> tuple[dict, str]:

@@ -150,6 +150,33 @@ def tiny(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture(scope="session")
+def native_config() -> Callable[..., Any]:
+    """`native_config(field=value, ...)`: a small configuration of transformers' own model."""
+    from transformers import DeepseekV4Config
+
+    values: dict[str, Any] = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "q_lora_rank": 8,
+        "o_lora_rank": 8,
+        "o_groups": 2,
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "compress_ratios": [0, 4, 128],
+        "num_hash_layers": 1,
+        "hc_mult": 2,
+    }
+    return lambda **changes: DeepseekV4Config(**values | changes)
+
+
 @pytest.fixture(scope="session", name="enliven")
 def _enliven() -> Callable[[torch.nn.Module], None]:
     """Random weights that all matter, for models made elsewhere."""

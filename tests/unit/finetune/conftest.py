@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modeling_dsv4 import Dsv4Config, Dsv4ForCausalLM
+from modeling_dsv4.storage import Fp8GroupedLinear, Fp8Linear, PackedExperts
 
 SPECIALS = ["<bos>", "<eos>", "<pad>", "<|user|>", "<|assistant|>"]
 
@@ -101,6 +102,24 @@ def make_model(make_config: Callable[..., Dsv4Config]) -> Callable[..., PreTrain
         return model.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pack() -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """Store a model as the releases do: FP8 attention and shared experts, FP4 experts."""
+
+    def store(model: PreTrainedModel) -> PreTrainedModel:
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            for owner in (attention, mlp.shared_experts):
+                for name, child in list(owner.named_children()):
+                    if isinstance(child, torch.nn.Linear):
+                        setattr(owner, name, Fp8Linear.from_plain(child, 32))
+            attention.o_a_proj = Fp8GroupedLinear.from_plain(attention.o_a_proj, 32)
+            mlp.experts = PackedExperts.from_plain(mlp.experts)
+        return model
+
+    return store
 
 
 @pytest.fixture

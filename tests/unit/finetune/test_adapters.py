@@ -21,6 +21,7 @@ from finetune.tuner import IDENTITY_KEY
 from modeling_dsv4.storage import Fp8GroupedLinear, Fp8Linear, PackedExperts
 
 MakeModel = Callable[..., PreTrainedModel]
+Pack = Callable[[PreTrainedModel], PreTrainedModel]
 Stir = Callable[[torch.nn.Module], None]
 KINDS = ("v4", "v4.1")
 
@@ -32,19 +33,6 @@ def _ids(batch: int = 4, size: int = 40, vocab: int = 290) -> torch.Tensor:
 def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
-
-
-def _pack(model: PreTrainedModel) -> PreTrainedModel:
-    """Store the model as the releases do: FP8 attention and shared experts, FP4 experts."""
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for owner in (attention, mlp.shared_experts):
-            for name, child in list(owner.named_children()):
-                if isinstance(child, torch.nn.Linear):
-                    setattr(owner, name, Fp8Linear.from_plain(child, 32))
-        attention.o_a_proj = Fp8GroupedLinear.from_plain(attention.o_a_proj, 32)
-        mlp.experts = PackedExperts.from_plain(mlp.experts)
-    return model
 
 
 def _unpack(model: PreTrainedModel) -> PreTrainedModel:
@@ -66,11 +54,11 @@ def test_fresh_adapters_change_nothing(make_model: MakeModel, kind: str) -> None
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("preset", ["attention", "attention+shared", "all", "hot-experts"])
 def test_every_adapter_tensor_has_a_gradient_after_the_second_step(
-    make_model: MakeModel, kind: str, preset: str, storage: str
+    pack: Pack, make_model: MakeModel, kind: str, preset: str, storage: str
 ) -> None:
     model, ids = make_model(kind), _ids(8)
     if storage == "packed":
-        model = _pack(model)
+        model = pack(model)
     hit = _experts_hit(model, ids)
     assert all(len(experts) == model.config.n_routed_experts for experts in hit)
     some = {f"layers.{i}.mlp.experts": [i, i + 2, 7] for i in range(3)}
@@ -105,11 +93,11 @@ def _experts_hit(model: PreTrainedModel, ids: torch.Tensor) -> list[set[int]]:
 
 
 def test_packed_and_dequantized_bases_give_the_adapters_equal_gradients(
-    make_model: MakeModel, stir: Stir
+    pack: Pack, make_model: MakeModel, stir: Stir
 ) -> None:
     ids, grads = _ids(), []
     for unpack in (False, True):
-        model = _pack(make_model())
+        model = pack(make_model())
         tuned = attach_adapters(_unpack(model) if unpack else model, r=4)
         stir(tuned)
         tuned(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -132,9 +120,9 @@ def test_merged_equals_attached(make_model: MakeModel, stir: Stir, kind: str) ->
 
 
 def test_merging_into_packed_weights_is_refused_and_changes_nothing(
-    make_model: MakeModel, stir: Stir
+    pack: Pack, make_model: MakeModel, stir: Stir
 ) -> None:
-    tuned, ids = attach_adapters(_pack(make_model()), r=4), _ids()
+    tuned, ids = attach_adapters(pack(make_model()), r=4), _ids()
     stir(tuned)
     before = _logits(tuned, ids)
     with pytest.raises(ValueError, match=r"wanted plain weights, got packed.*dequantize=True"):
@@ -145,12 +133,12 @@ def test_merging_into_packed_weights_is_refused_and_changes_nothing(
 
 
 def test_an_adapter_trained_on_packed_weights_merges_into_their_dequantized_copy(
-    make_model: MakeModel, stir: Stir, tmp_path: Path
+    pack: Pack, make_model: MakeModel, stir: Stir, tmp_path: Path
 ) -> None:
-    tuned, ids = attach_adapters(_pack(make_model()), r=4), _ids()
+    tuned, ids = attach_adapters(pack(make_model()), r=4), _ids()
     stir(tuned)
     tuned.save_pretrained(tmp_path)
-    merged = merge_adapters(load_adapters(_unpack(_pack(make_model())), tmp_path))
+    merged = merge_adapters(load_adapters(_unpack(pack(make_model())), tmp_path))
     torch.testing.assert_close(_logits(merged, ids), _logits(tuned, ids), atol=1e-4, rtol=0)
 
 
@@ -207,7 +195,9 @@ def test_two_adapters_live_side_by_side(make_model: MakeModel, stir: Stir, tmp_p
     assert torch.equal(_logits(both, ids), alone[0])
 
 
-def test_an_adapter_of_another_model_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_refused(
+    pack: Pack, make_model: MakeModel, tmp_path: Path
+) -> None:
     attach_adapters(make_model(seed=0), r=2).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="it was trained on the base model"):
         PeftModel.from_pretrained(make_model(seed=1), tmp_path)
@@ -218,7 +208,7 @@ def test_an_adapter_of_another_model_is_refused(make_model: MakeModel, tmp_path:
         several.load_adapter(tmp_path, adapter_name="second")
     assert list(several.peft_config) == ["default"]
     # A packed copy is the same base.
-    PeftModel.from_pretrained(_pack(make_model(seed=0)), tmp_path)
+    PeftModel.from_pretrained(pack(make_model(seed=0)), tmp_path)
 
 
 @pytest.mark.parametrize("way", ["from_pretrained", "trainable", "second", "import"])

@@ -13,28 +13,21 @@ from transformers import PreTrainedModel
 from finetune import attach_adapters
 from finetune.beside import BesideLora
 from finetune.layers import LoraPackedLinear
-from modeling_dsv4.storage import Fp8GroupedLinear, Fp8Linear, PackedExperts
 
 MakeModel = Callable[..., PreTrainedModel]
 RANKS = {"first": 4, "second": 8, "third": 4}
 STORAGES = ["plain", "packed"]
 
 
-def _pack(model: PreTrainedModel) -> PreTrainedModel:
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for owner in (attention, mlp.shared_experts):
-            for name, child in list(owner.named_children()):
-                if isinstance(child, torch.nn.Linear):
-                    setattr(owner, name, Fp8Linear.from_plain(child, 32))
-        attention.o_a_proj = Fp8GroupedLinear.from_plain(attention.o_a_proj, 32)
-        mlp.experts = PackedExperts.from_plain(mlp.experts)
-    return model
+@pytest.fixture
+def base(make_model: MakeModel, pack: Callable[[PreTrainedModel], PreTrainedModel]) -> MakeModel:
+    """`base(storage, kind)`: the same weights every time, plain or packed."""
 
+    def make(storage: str, kind: str = "v4") -> PreTrainedModel:
+        model = make_model(kind)
+        return pack(model) if storage == "packed" else model
 
-def _base(make_model: MakeModel, storage: str, kind: str = "v4") -> PreTrainedModel:
-    model = make_model(kind)
-    return _pack(model) if storage == "packed" else model
+    return make
 
 
 @pytest.fixture
@@ -75,7 +68,7 @@ def _alone(tuned: PeftModel, name: str | list[str], ids: torch.Tensor) -> torch.
 @pytest.mark.parametrize("kind", ["v4", "v4.1"])
 @pytest.mark.parametrize("storage", STORAGES)
 def test_every_row_of_a_mixed_batch_is_what_its_adapter_alone_says(
-    make_model: MakeModel, tmp_path: Path, storage: str, kind: str
+    base: MakeModel, make_model: MakeModel, tmp_path: Path, storage: str, kind: str
 ) -> None:
     for seed, name in enumerate(("first", "second")):
         tuned = attach_adapters(make_model(kind), r=4 + 4 * seed)
@@ -84,7 +77,7 @@ def test_every_row_of_a_mixed_batch_is_what_its_adapter_alone_says(
             if "lora_" in key:
                 torch.nn.init.normal_(parameter, std=0.1)
         tuned.save_pretrained(tmp_path / name)
-    tuned, ids = _load(_base(make_model, storage, kind), tmp_path, "first", "second"), _ids(4)
+    tuned, ids = _load(base(storage, kind), tmp_path, "first", "second"), _ids(4)
     names = ["second", "__base__", "first", "second"]
     mask = torch.ones_like(ids)
     mask[0, :9] = mask[2, 25:] = 0
@@ -103,10 +96,8 @@ def test_every_row_of_a_mixed_batch_is_what_its_adapter_alone_says(
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_generate_takes_an_adapter_for_each_row(
-    make_model: MakeModel, saved: Path, storage: str
-) -> None:
-    tuned, ids = _load(_base(make_model, storage), saved, "first", "second"), _ids(3, 12)
+def test_generate_takes_an_adapter_for_each_row(base: MakeModel, saved: Path, storage: str) -> None:
+    tuned, ids = _load(base(storage), saved, "first", "second"), _ids(3, 12)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
     names = ["first", "__base__", "second"]
     mixed = tuned.generate(input_ids=ids, adapter_names=names, **options)
@@ -134,9 +125,9 @@ def test_adapter_names_are_for_inference_and_have_to_exist(
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_active_adapters_add_up_and_can_be_told_apart(
-    make_model: MakeModel, saved: Path, storage: str
+    base: MakeModel, saved: Path, storage: str
 ) -> None:
-    tuned, ids = _load(_base(make_model, storage), saved, "first", "second"), _ids()
+    tuned, ids = _load(base(storage), saved, "first", "second"), _ids()
     both = _alone(tuned, ["first", "second"], ids)
     tuned.base_model.add_weighted_adapter(["first", "second"], [1, 1], "sum", "cat")
     torch.testing.assert_close(_alone(tuned, "sum", ids), both, atol=2e-5, rtol=0)
@@ -145,7 +136,7 @@ def test_active_adapters_add_up_and_can_be_told_apart(
             assert (_alone(tuned, name, ids) - both).abs().max() > 0.05
     with tuned.disable_adapter():
         off = _logits(tuned, ids)
-    assert torch.equal(off, _logits(_base(make_model, storage), ids))
+    assert torch.equal(off, _logits(base(storage), ids))
 
 
 def _deltas(tuned: PeftModel, name: str) -> dict[str, list[torch.Tensor]]:
@@ -261,11 +252,11 @@ def test_sums_that_make_no_sense_are_refused(make_model: MakeModel, saved: Path)
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_adapters_are_exchanged_while_the_model_stays(
-    make_model: MakeModel, saved: Path, storage: str
+    base: MakeModel, saved: Path, storage: str
 ) -> None:
     ids = _ids()
-    truth = {n: _logits(_load(_base(make_model, storage), saved, n), ids) for n in RANKS}
-    tuned = _load(_base(make_model, storage), saved, "first")
+    truth = {n: _logits(_load(base(storage), saved, n), ids) for n in RANKS}
+    tuned = _load(base(storage), saved, "first")
     assert torch.equal(_logits(tuned, ids), truth["first"])
     # Under the same name: equal ranks go into the same tensors, others are refused.
     tuned.load_adapter(saved / "third", adapter_name="first")

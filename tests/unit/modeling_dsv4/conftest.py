@@ -3,32 +3,44 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
+from modeling_dsv4.checkpoint import fit_config, read_header, read_index
+from modeling_dsv4.configuration_dsv4 import Dsv4Config
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-NATIVE = DeepseekV4Config(
-    vocab_size=32,
-    hidden_size=16,
-    moe_intermediate_size=16,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    head_dim=16,
-    q_lora_rank=8,
-    o_lora_rank=8,
-    o_groups=2,
-    n_routed_experts=2,
-    num_experts_per_tok=1,
-    index_n_heads=2,
-    index_head_dim=8,
-    qk_rope_head_dim=4,
-    compress_ratios=[0, 4, 128],
-    num_hash_layers=1,
-    hc_mult=2,
-)
+
+
+@pytest.fixture(scope="session")
+def official_config() -> Callable[[Path], Dsv4Config]:
+    """The configuration of an official checkpoint, as loading completes it."""
+
+    def read(directory: Path) -> Dsv4Config:
+        config = Dsv4Config.from_pretrained(directory)
+        fit_config(config, read_index(directory))
+        return config
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def raw_tensors() -> Callable[[Path], dict[str, tuple[str, tuple[int, ...], bytes]]]:
+    """Every tensor of a directory as dtype, shape and bytes."""
+
+    def read(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+        found = {}
+        for path in sorted(set(read_index(directory).values())):
+            data = path.read_bytes()
+            for name, info in read_header(path).items():
+                found[name] = (info.dtype, info.shape, data[info.start : info.end])
+        return found
+
+    return read
 
 
 @pytest.fixture
@@ -54,9 +66,11 @@ def sharded(release: Path) -> Path:
 
 
 @pytest.fixture
-def native(tmp_path: Path) -> tuple[DeepseekV4ForCausalLM, Path, Path]:
+def native(
+    tmp_path: Path, native_config: Callable[..., DeepseekV4Config]
+) -> tuple[DeepseekV4ForCausalLM, Path, Path]:
     """A model of transformers' own, saved under its mixed and under its fused names."""
-    model = DeepseekV4ForCausalLM(NATIVE)
+    model = DeepseekV4ForCausalLM(native_config())
     model.save_pretrained(tmp_path / "hybrid")
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
     return model, tmp_path / "hybrid", tmp_path / "fused"

@@ -18,9 +18,7 @@ from modeling_dsv4.checkpoint import (
     check_own,
     count_draft_layers,
     detect_layout,
-    fit_config,
     load_foreign,
-    read_header,
     read_index,
     save_official,
 )
@@ -29,27 +27,13 @@ from modeling_dsv4.safetensors_file import DTYPES
 from modeling_dsv4.weight_map import TOKEN_MAP, official_inventory, our_inventory
 
 GOLDENS = ("v4_a_fp8", "v41_b_fp8")
+OfficialConfig = Callable[[Path], Dsv4Config]
+RawTensors = Callable[[Path], dict[str, tuple[str, tuple[int, ...], bytes]]]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def _config(directory: Path) -> Dsv4Config:
-    config = Dsv4Config.from_pretrained(directory)
-    fit_config(config, read_index(directory))
-    return config
 
 
 def _model(config: Dsv4Config, state: dict[str, torch.Tensor]) -> Any:
     return SimpleNamespace(config=config, state_dict=lambda: state)
-
-
-def _raw(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Every tensor of a directory as dtype, shape and bytes."""
-    found = {}
-    for path in sorted(set(read_index(directory).values())):
-        data = path.read_bytes()
-        for name, info in read_header(path).items():
-            found[name] = (info.dtype, info.shape, data[info.start : info.end])
-    return found
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -99,8 +83,10 @@ def test_draft_stages_are_counted_in_the_files() -> None:
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_a_release_is_loaded_in_its_storage_formats(golden_dir: Path, name: str) -> None:
-    config = _config(golden_dir / name)
+def test_a_release_is_loaded_in_its_storage_formats(
+    official_config: OfficialConfig, golden_dir: Path, name: str
+) -> None:
+    config = official_config(golden_dir / name)
     state = load_foreign(golden_dir / name, config)
     expected = our_inventory(config)
     expected.pop(TOKEN_MAP, None)
@@ -109,9 +95,11 @@ def test_a_release_is_loaded_in_its_storage_formats(golden_dir: Path, name: str)
     assert list(state) == list(load_foreign(golden_dir / name, config))
 
 
-def test_experts_are_stacked_byte_for_byte(golden_dir: Path) -> None:
+def test_experts_are_stacked_byte_for_byte(
+    official_config: OfficialConfig, golden_dir: Path
+) -> None:
     folder = golden_dir / "v4_a_fp8"
-    raw, state = load_file(folder / SINGLE), load_foreign(folder, _config(folder))
+    raw, state = load_file(folder / SINGLE), load_foreign(folder, official_config(folder))
     for suffix, own in (("weight", ""), ("scale", "_scale")):
         gate_up = state[f"model.layers.1.mlp.experts.gate_up_proj{own}"]
         down = state[f"model.layers.1.mlp.experts.down_proj{own}"]
@@ -122,9 +110,11 @@ def test_experts_are_stacked_byte_for_byte(golden_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_expanding_is_exact_and_what_the_packed_weights_say(golden_dir: Path, name: str) -> None:
+def test_expanding_is_exact_and_what_the_packed_weights_say(
+    official_config: OfficialConfig, golden_dir: Path, name: str
+) -> None:
     folder = golden_dir / name
-    config = _config(folder)
+    config = official_config(folder)
     block = config.quantization_config["weight_block_size"][0]
     packed = load_foreign(folder, config)
     half = load_foreign(folder, config, dequantize=True)
@@ -146,11 +136,13 @@ def test_expanding_is_exact_and_what_the_packed_weights_say(golden_dir: Path, na
     assert torch.equal(single[linear], expanded)
 
 
-def test_base_releases_are_loaded_with_experts_in_fp8_blocks(release: Path) -> None:
+def test_base_releases_are_loaded_with_experts_in_fp8_blocks(
+    official_config: OfficialConfig, raw_tensors: RawTensors, release: Path
+) -> None:
     settings = json.loads((release / "config.json").read_text())
     del settings["expert_dtype"]
     (release / "config.json").write_text(json.dumps(settings))
-    config = _config(release)
+    config = official_config(release)
     tensors = {}
     for name, (dtype, shape) in official_inventory(config).items():
         data = torch.randint(1, 120, shape, dtype=torch.uint8)
@@ -164,7 +156,7 @@ def test_base_releases_are_loaded_with_experts_in_fp8_blocks(release: Path) -> N
     gate_up = expanded["model.layers.0.mlp.experts.gate_up_proj"]
     assert torch.equal(gate_up[3, 128:], formats.dequantize_fp8_block(*up, 128, torch.float32))
     save_official(_model(config, state), release / "again")
-    assert _raw(release / "again") == _raw(release)
+    assert raw_tensors(release / "again") == raw_tensors(release)
 
 
 def test_both_layouts_of_transformers_give_its_own_weights(
@@ -236,23 +228,28 @@ def _requantize(tensors: dict[str, torch.Tensor]) -> None:
     ],
 )
 def test_tensors_that_do_not_fit_the_configuration_are_listed(
-    release: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
+    official_config: OfficialConfig,
+    release: Path,
+    change: Callable[[dict[str, torch.Tensor]], None],
+    message: str,
 ) -> None:
-    config, tensors = _config(release), load_file(release / SINGLE)
+    config, tensors = official_config(release), load_file(release / SINGLE)
     change(tensors)
     save_file(tensors, release / SINGLE)
     with pytest.raises(ValueError, match=message):
         load_foreign(release, config)
 
 
-def test_an_engram_table_of_another_size_is_refused(golden_dir: Path, tmp_path: Path) -> None:
+def test_an_engram_table_of_another_size_is_refused(
+    official_config: OfficialConfig, golden_dir: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "v41"
     shutil.copytree(golden_dir / "v41_b_fp8", folder)
     settings = json.loads((folder / "config.json").read_text())
     settings["text_config"]["engram_vocab_size"] = 60
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"layers\.1\.engram\.embed\.weight: wanted"):
-        load_foreign(folder, _config(folder))
+        load_foreign(folder, official_config(folder))
 
 
 def test_a_truncated_shard_is_refused(release: Path) -> None:
@@ -263,9 +260,11 @@ def test_a_truncated_shard_is_refused(release: Path) -> None:
             load_foreign(release, Dsv4Config.from_pretrained(release))
 
 
-def test_shards_load_like_one_file(golden_dir: Path, sharded: Path) -> None:
+def test_shards_load_like_one_file(
+    official_config: OfficialConfig, golden_dir: Path, sharded: Path
+) -> None:
     whole = golden_dir / "v4_a_fp8"
-    one, two = (load_foreign(d, _config(d)) for d in (whole, sharded))
+    one, two = (load_foreign(d, official_config(d)) for d in (whole, sharded))
     assert one.keys() == two.keys()
     assert all(torch.equal(_bits(one[name]), _bits(two[name])) for name in one)
 
@@ -293,14 +292,16 @@ def test_an_index_and_shards_that_disagree_are_refused(sharded: Path) -> None:
         load_foreign(sharded, Dsv4Config.from_pretrained(sharded))
 
 
-def test_symlinked_shards_of_the_hub_cache_load(golden_dir: Path, sharded: Path) -> None:
+def test_symlinked_shards_of_the_hub_cache_load(
+    official_config: OfficialConfig, golden_dir: Path, sharded: Path
+) -> None:
     blobs, snapshot = sharded.parent / "blobs", sharded.parent / "snapshots" / "main"
     snapshot.mkdir(parents=True)
     sharded.rename(blobs)
     for path in blobs.iterdir():
         (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
-    state = load_foreign(snapshot, _config(snapshot))
-    assert len(state) == len(our_inventory(_config(golden_dir / "v4_a_fp8")))
+    state = load_foreign(snapshot, official_config(snapshot))
+    assert len(state) == len(our_inventory(official_config(golden_dir / "v4_a_fp8")))
 
 
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
@@ -308,9 +309,11 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
         read_index(tmp_path)
 
 
-def test_our_own_layout_is_checked_before_it_is_loaded(golden_dir: Path, tmp_path: Path) -> None:
+def test_our_own_layout_is_checked_before_it_is_loaded(
+    official_config: OfficialConfig, golden_dir: Path, tmp_path: Path
+) -> None:
     folder = golden_dir / "v4_a_fp8"
-    config = _config(folder)
+    config = official_config(folder)
     state = load_foreign(folder, config)
     save_file(state, tmp_path / SINGLE)
     check_own(tmp_path, our_inventory(config))

@@ -4,11 +4,12 @@
 import gzip
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import DeepseekV4Config as NativeConfig
 from transformers import DeepseekV4ForCausalLM as NativeModel
 
 from modeling_dsv4.configuration_dsv4 import Dsv4Config
@@ -135,26 +136,10 @@ def test_an_unknown_official_name_is_refused(golden_dir: Path) -> None:
         to_ours("layers.0.attn.wq.weight", _config(golden_dir, "v4-flash"))
 
 
-def test_the_names_of_transformers_modules_become_ours(tmp_path: Path) -> None:
-    native = NativeConfig(
-        vocab_size=32,
-        hidden_size=16,
-        moe_intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        head_dim=16,
-        q_lora_rank=8,
-        o_lora_rank=8,
-        o_groups=2,
-        n_routed_experts=2,
-        num_experts_per_tok=1,
-        index_n_heads=2,
-        index_head_dim=8,
-        qk_rope_head_dim=4,
-        compress_ratios=[0, 4, 128],
-        num_hash_layers=1,
-        hc_mult=2,
-    )
+def test_the_names_of_transformers_modules_become_ours(
+    tmp_path: Path, native_config: Callable[..., Any]
+) -> None:
+    native = native_config()
     native.save_pretrained(tmp_path)
     with torch.device("meta"):
         state = NativeModel(native).state_dict()

@@ -4,12 +4,14 @@
 import json
 import os
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+from transformers import DeepseekV4ForCausalLM
 
 from modeling_dsv4.checkpoint import fit_config, load_foreign, read_index
 from modeling_dsv4.configuration_dsv4 import Dsv4Config
@@ -21,25 +23,12 @@ from quantize.pack import PackFile
 from quantize.tables import TableFile
 
 FP4 = get_recipe("fp4")
-NATIVE = DeepseekV4Config(
-    vocab_size=32,
-    hidden_size=64,
-    moe_intermediate_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    head_dim=16,
-    q_lora_rank=8,
-    o_lora_rank=8,
-    o_groups=2,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    index_n_heads=2,
-    index_head_dim=8,
-    qk_rope_head_dim=4,
-    compress_ratios=[0, 4, 128],
-    num_hash_layers=1,
-    hc_mult=2,
-)
+
+
+@pytest.fixture
+def native(native_config: Callable[..., Any]) -> DeepseekV4ForCausalLM:
+    wide = {"hidden_size": 64, "moe_intermediate_size": 32}
+    return DeepseekV4ForCausalLM(native_config(n_routed_experts=4, num_experts_per_tok=2, **wide))
 
 
 def expected(directory: Path, dequantize: bool = False) -> dict[str, torch.Tensor]:
@@ -95,9 +84,10 @@ def test_dense_tensors_are_copied_byte_for_byte(release: Path, tmp_path: Path) -
         assert torch.equal(raw(tensor), raw(wanted[name])), name
 
 
-def test_plain_experts_are_rounded_as_the_packer_rounds(tmp_path: Path) -> None:
-    model = DeepseekV4ForCausalLM(NATIVE)
-    model.save_pretrained(tmp_path / "native")
+def test_plain_experts_are_rounded_as_the_packer_rounds(
+    native: DeepseekV4ForCausalLM, tmp_path: Path
+) -> None:
+    native.save_pretrained(tmp_path / "native")
     target = convert(tmp_path / "native", tmp_path / "out", FP4)
     state = expected(tmp_path / "native")
     pack = PackFile.open(target / "experts-layers-2.safetensors")
@@ -112,10 +102,11 @@ def test_plain_experts_are_rounded_as_the_packer_rounds(tmp_path: Path) -> None:
                 assert torch.equal(raw(parts[projection][part]), raw(tensor))
 
 
-def test_both_layouts_of_transformers_give_the_same_model(tmp_path: Path) -> None:
-    model = DeepseekV4ForCausalLM(NATIVE)
-    model.save_pretrained(tmp_path / "hybrid")
-    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+def test_both_layouts_of_transformers_give_the_same_model(
+    native: DeepseekV4ForCausalLM, tmp_path: Path
+) -> None:
+    native.save_pretrained(tmp_path / "hybrid")
+    native.save_pretrained(tmp_path / "fused", save_original_format=False)
     a = contents(convert(tmp_path / "hybrid", tmp_path / "a", FP4))
     b = contents(convert(tmp_path / "fused", tmp_path / "b", FP4))
     assert set(a) == set(b)

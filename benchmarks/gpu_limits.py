@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,8 +25,12 @@ class Limits:
     device: str
 
     @classmethod
-    def measure(cls) -> Limits:
-        return cls(copy_bandwidth(), matmul_rate(), torch.cuda.get_device_name())
+    def measure(cls, tiny: bool = False) -> Limits:
+        """Both ceilings; `tiny` measures small ones, on whatever device there is."""
+        if not tiny:
+            return cls(copy_bandwidth(), matmul_rate(), torch.cuda.get_device_name())
+        device = bench_device(tiny)
+        return cls(copy_bandwidth(1 << 22, device), matmul_rate(256, device), f"{device}, tiny")
 
     def floor_us(self, moved: float, flops: float = 0.0) -> float:
         """The least microseconds for so many bytes and operations, whichever takes longer."""
@@ -34,7 +39,10 @@ class Limits:
 
 @dataclass
 class Row:
-    """One measurement: `bytes` and `flops` no kernel can do without; times in microseconds."""
+    """One measurement: `bytes` and `flops` no kernel can do without; times in microseconds.
+
+    `others`: what else was measured beside `us` and torch by name, or the word why it was not.
+    """
 
     op: str
     shape: str
@@ -44,6 +52,7 @@ class Row:
     us: float
     torch_us: float | None = None
     note: str = ""
+    others: dict[str, float | str] = field(default_factory=dict)
     share: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,11 +67,53 @@ def require_gpu() -> None:
         sys.exit(1)
 
 
+def bench_device(tiny: bool) -> str:
+    """The GPU, which has to be there; a tiny run takes what there is."""
+    if not tiny:
+        require_gpu()
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def wall_us(fn: Callable[[], object], runs: int = 5, warm: int = 2) -> float:
+    """Median microseconds from the call to the end of the work, launches from Python included.
+
+    Without a GPU nothing is measured for its own sake: one run shows that it does.
+    """
+    if not torch.cuda.is_available():
+        runs, warm = 1, 0
+    times = []
+    for run in range(warm + runs):
+        _wait()
+        start = time.perf_counter()
+        fn()
+        _wait()
+        if run >= warm:
+            times.append(1e6 * (time.perf_counter() - start))
+    return sorted(times)[len(times) // 2]
+
+
+def try_us(fn: Callable[[], object], runs: int = 5, warm: int = 2) -> float | str:
+    """`wall_us`, or the words for why there is no time."""
+    try:
+        return wall_us(fn, runs, warm)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return "out of memory"
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def time_us(fn: Callable[[], object], runs: int = 20, warm: int = 3) -> float:
     """Median microseconds on the GPU, the L2 cache overwritten before each run.
 
     The GPU is kept waiting first, so that the time of launching from Python does not count.
+    Without a GPU, as `wall_us`.
     """
+    if not torch.cuda.is_available():
+        return wall_us(fn)
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     for _ in range(warm):
         fn()
@@ -80,16 +131,16 @@ def time_us(fn: Callable[[], object], runs: int = 20, warm: int = 3) -> float:
     return 1e3 * times[len(times) // 2]
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second of a large device-to-device copy, read and written."""
-    x = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+def copy_bandwidth(size: int = 1 << 30, device: str = "cuda") -> float:
+    """Bytes a second of a large copy on the device, read and written."""
+    x = torch.empty(size, dtype=torch.int8, device=device)
     y = torch.empty_like(x)
-    return 2 * x.numel() / (time_us(lambda: y.copy_(x)) * 1e-6)
+    return 2 * size / (time_us(lambda: y.copy_(x)) * 1e-6)
 
 
-def matmul_rate(size: int = 8192) -> float:
+def matmul_rate(size: int = 8192, device: str = "cuda") -> float:
     """Operations a second of a square bf16 product."""
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     return 2 * size**3 / (time_us(lambda: a @ b) * 1e-6)
 
 
@@ -100,15 +151,30 @@ def table(rows: Sequence[Row], title: str = "") -> None:
     shown.add_column("shape", no_wrap=True)
     for name in ("MB", "GFLOP", "floor us", "us", "of floor", "torch us", "faster"):
         shown.add_column(name, justify="right", no_wrap=True)
+    names = list(dict.fromkeys(name for r in rows for name in r.others))
+    for name in names:
+        shown.add_column(f"{name} us", justify="right")
     shown.add_column("note")
     for r in rows:
         theirs = "-" if r.torch_us is None else f"{r.torch_us:.0f}"
         faster = "-" if r.torch_us is None else f"{r.torch_us / r.us:.1f}x"
         shown.add_row(
             r.op, r.shape, f"{r.bytes / 1e6:.1f}", f"{r.flops / 1e9:.1f}", f"{r.floor_us:.1f}",
-            f"{r.us:.1f}", f"{r.share:.0%}", theirs, faster, r.note,
+            f"{r.us:.1f}", f"{r.share:.0%}", theirs, faster,
+            *(beside(r.others.get(name, "-"), r.us) for name in names), r.note,
         )  # fmt: skip
-    Console(width=160).print(shown)
+    console = Console(width=160)
+    console.print(shown)
+    words = {f"{n}: {r.others[n]}" for r in rows for n in names if isinstance(r.others.get(n), str)}
+    for line in sorted(words):
+        console.print(f"  {line}")
+
+
+def beside(other: float | str, us: float) -> str:
+    """Another's time and how many of ours it is, or the first words of why there is none."""
+    if isinstance(other, str):
+        return other.partition(":")[0]
+    return f"{other:.0f} ({other / us:.1f}x)"
 
 
 def write(path: Path | None, limits: Limits, rows: Sequence[Row], **more: object) -> None:

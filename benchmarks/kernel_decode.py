@@ -15,7 +15,6 @@ than an eager one.
 """
 
 import gc
-import json
 import statistics
 import sys
 import time
@@ -25,8 +24,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from gpu_limits import copy_bandwidth, require_gpu
+from gpu_limits import Limits, Row, require_gpu, write
 from kernel_prefill import NATIVE_UP_TO, build
+from model_costs import share_read
+from native_models import NO_NATIVE, native_classes
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -42,15 +43,8 @@ SAME, NEAR = 0.02, 0.25
 
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of weights that one token reads."""
-    config, count = model.config, 0
-    for name, weight in model.named_parameters():
-        share = 1.0
-        if name.endswith("embed_tokens.weight") or name.startswith("mtp."):
-            continue
-        if ".experts." in name:
-            share = config.num_experts_per_tok / config.n_routed_experts
-        count += int(share * weight.nbytes)
-    return count
+    named = model.named_parameters()
+    return sum(int(share_read(model, name) * weight.nbytes) for name, weight in named)
 
 
 @torch.no_grad()
@@ -93,6 +87,38 @@ def measure_ours(model: Any, ids: torch.Tensor, tokens: int) -> tuple[dict[str, 
     return found, broken
 
 
+def measure_native(
+    shape: str, all_ids: dict[int, torch.Tensor], found: dict[int, dict[str, float]]
+) -> None:
+    """Add transformers' own times where it has the model and a context is not too long for it."""
+    if native_classes() is None:
+        print(NO_NATIVE)
+        return
+    native = build("native", shape)
+    for tokens, ids in all_ids.items():
+        if tokens <= NATIVE_UP_TO:
+            with torch.no_grad():
+                cache = native(ids[:, :tokens], use_cache=True, logits_to_keep=1).past_key_values
+            found[tokens]["native"], _ = decode(native, ids[:, tokens:], cache)
+
+
+def rows_of(
+    found: dict[int, dict[str, float]], shape: str, limits: Limits, moved: int
+) -> list[Row]:
+    """The captured step against the floor of the weights' bytes, and the others beside it."""
+    rows = []
+    for tokens, ms in found.items():
+        others: dict[str, float | str] = {
+            "kernels, eager": 1e3 * ms["kernels"],
+            "native": 1e3 * ms["native"] if "native" in ms else "not run",
+        }
+        rows.append(
+            Row("decode step, captured", f"{shape}, {tokens} tokens", moved, 0.0,
+                limits.floor_us(moved), 1e3 * ms["graph"], 1e3 * ms["torch"], others=others)
+        )  # fmt: skip
+    return rows
+
+
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Without 64k.")] = False,
     shape: Annotated[str, typer.Option(help="A file of benchmarks/shapes.")] = "v4-wide",
@@ -102,8 +128,9 @@ def main(
     require_gpu()
     sizes, broken = QUICK_SIZES if quick else SIZES, []
     found: dict[int, dict[str, float]] = {}
+    limits = Limits.measure()
     model: Any = build("auto", shape)
-    floor = 1000 * weight_bytes(model) / copy_bandwidth()
+    moved = weight_bytes(model)
     all_ids = {n: torch.randint(0, 1000, (1, n + WARM_UP + STEPS), device="cuda") for n in sizes}
     for tokens, ids in all_ids.items():
         found[tokens], apart = measure_ours(model, ids, tokens)
@@ -111,21 +138,16 @@ def main(
     del model
     gc.collect()
     torch.cuda.empty_cache()
-    native = build("native", shape)
-    for tokens, ids in all_ids.items():
-        if tokens <= NATIVE_UP_TO:
-            with torch.no_grad():
-                cache = native(ids[:, :tokens], use_cache=True, logits_to_keep=1).past_key_values
-            found[tokens]["native"], _ = decode(native, ids[:, tokens:], cache)
-    title = f"decode of {shape}, ms a token: bfloat16, {torch.cuda.get_device_name()}"
+    measure_native(shape, all_ids, found)
+    floor = limits.floor_us(moved) / 1e3
+    title = f"decode of {shape}, ms a token: bfloat16, {limits.device}"
     shown = Table("tokens", *OURS, "native", "faster", "floor", title=title, box=box.SIMPLE)
     for tokens, ms in found.items():
         cells = [f"{ms[k]:.2f}" if k in ms else "-" for k in (*OURS, "native")]
         ratio = f"{ms['native'] / ms['graph']:.1f}x" if "native" in ms else "-"
         shown.add_row(str(tokens), *cells, ratio, f"{floor:.2f}")
     Console(width=100).print(shown)
-    if output is not None:
-        output.write_text(json.dumps({"shape": shape, "floor": floor, "decode": found}) + "\n")
+    write(output, limits, rows_of(found, shape, limits, moved), shape=shape, decode=found)
     if broken:
         sys.exit("; ".join(broken))
 

@@ -38,13 +38,13 @@ PREFILL = 4096
 FEW = 16
 
 
-def packed_experts() -> PackedExperts:
+def packed_experts(e: int = E, d: int = D, f: int = F, device: str = "cuda") -> PackedExperts:
     """All experts of a layer in FP4, of random bytes; their scales are near 2^-7."""
     with torch.device("meta"):
-        module = PackedExperts(E, D, F, LIMIT)
+        module = PackedExperts(e, d, f, LIMIT)
     for name, parameter in list(module.named_parameters()):
         low, high = (119, 121) if name.endswith("_scale") else (0, 256)
-        raw = torch.randint(low, high, parameter.shape, dtype=torch.uint8, device="cuda")
+        raw = torch.randint(low, high, parameter.shape, dtype=torch.uint8, device=device)
         setattr(module, name, torch.nn.Parameter(raw.view(parameter.dtype), requires_grad=False))
     return module
 

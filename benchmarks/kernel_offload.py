@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from gpu_limits import require_gpu
+from gpu_limits import Limits, Row, require_gpu, write
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -156,9 +156,11 @@ def main(
     experts: int = 96,
     zipf: Annotated[float, typer.Option(help="Exponent of the routing's Zipf law.")] = 0.8,
     tokens: Annotated[int, typer.Option(help="Of the prefill.")] = 2048,
+    output: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON.")] = None,
 ) -> None:
     """Measure slots of a GPU's memory."""
     require_gpu()
+    limits, measured = Limits.measure(), []
     torch.manual_seed(0)
     name = torch.cuda.get_device_name()
     table = Table(
@@ -186,6 +188,11 @@ def main(
     for share in SHARES:
         one, many, mixed = rows[share]
         ideals = [max(r["copied"] / rate, w["seconds"]) for r, w in zip(rows[share], rows[1.0])]  # noqa: B905
+        for what, run, ideal in (("decode", one, ideals[0]), ("prefill", many, ideals[1])):
+            measured.append(
+                Row(f"{what}, experts over the link", f"{share:.3f} in slots", run["copied"], 0.0,
+                    1e6 * ideal, 1e6 * run["seconds"])
+            )  # fmt: skip
         table.add_row(
             f"{share:.3f}", f"{one['hits']:.2f}",
             f"{1000 * one['seconds']:.2f}", f"{1000 * ideals[0]:.2f}",
@@ -197,6 +204,7 @@ def main(
     console = Console(width=110)
     console.print(table)
     console.print(f"link: {rate / 1e9:.1f} GB/s from pinned memory, records of one expert")
+    write(output, limits, measured, link=rate)
     for line in broken:
         console.print(f"[red]{line}")
     sys.exit(bool(broken))

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill of whole models on a GPU: with kernels, with torch alone, and transformers' own V4.
 
-    python benchmarks/kernel_prefill.py                      # 4k, 8k and 64k tokens, a minute
-    python benchmarks/kernel_prefill.py --quick              # without 64k
+    python benchmarks/kernel_prefill.py                      # 8k, 64k and 256k tokens, minutes
+    python benchmarks/kernel_prefill.py --quick              # 4k and 8k
     python benchmarks/kernel_prefill.py --shape v4-small     # a small model, where launches count
+    python benchmarks/kernel_prefill.py --tiny               # any machine: whether it runs
 
 `v4-wide` has four layers (window, CSA, HCA, CSA) of V4-Flash's widths and eight experts; weights
 are random bfloat16. Each number is the second of two prefills that keep their cache and the last
-logits; "GiB" is the peak less what the weights take. A model that runs out of memory shows "-".
+logits; "GiB" is the peak less what the weights take. "floor" are the tokens a second that the
+model's multiplications would allow at the rate of a large bfloat16 product of the same run.
 """
 
 import gc
-import json
 import sys
 import time
 from pathlib import Path
@@ -19,20 +20,23 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from gpu_limits import require_gpu
+from gpu_limits import Limits, Row, bench_device, write
+from model_costs import forward_flops
+from native_models import NO_NATIVE, SHAPES, native_classes
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-SHAPES = Path(__file__).parent / "shapes"
-SIZES, QUICK_SIZES = (4096, 8192, 65536), (4096, 8192)
-# Native attention scores every token against every other; beyond this it is not tried.
-NATIVE_UP_TO = 8192
+SIZES, QUICK_SIZES, TINY_SIZES = (8192, 65536, 262144), (4096, 8192), (16, 32)
+# Native attention scores every token against every other; torch alone takes minutes beyond.
+UP_TO = {"auto": SIZES[-1], "torch": 65536, "native": 8192}
+NATIVE_UP_TO = UP_TO["native"]
 KINDS = ("auto", "torch", "native")
+Run = tuple[float, float]
 
 
 def build(kind: str, shape: str, device: str = "cuda") -> torch.nn.Module:
-    """A model with random weights, made on the GPU."""
+    """A model with random weights, made on the device."""
     config: Any
     torch.manual_seed(0)
     before = torch.get_default_dtype()
@@ -40,10 +44,10 @@ def build(kind: str, shape: str, device: str = "cuda") -> torch.nn.Module:
     try:
         with torch.device(device):
             if kind == "native":
-                from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
-
-                config = DeepseekV4Config.from_json_file(SHAPES / f"{shape}.json")
-                return DeepseekV4ForCausalLM(config).eval()
+                classes = native_classes()
+                assert classes is not None, NO_NATIVE
+                config = classes[0].from_json_file(SHAPES / f"{shape}.json")
+                return classes[1](config).eval()
             from modeling_dsv4 import Dsv4Config, Dsv4ForCausalLM
 
             config = Dsv4Config.from_json_file(SHAPES / f"{shape}.json")
@@ -55,56 +59,98 @@ def build(kind: str, shape: str, device: str = "cuda") -> torch.nn.Module:
 
 
 @torch.no_grad()
-def prefill(model: torch.nn.Module, tokens: int) -> tuple[float, float] | None:
-    """Tokens a second and GiB of the second of two prefills; None: out of memory."""
+def prefill(model: torch.nn.Module, tokens: int) -> Run | str:
+    """Tokens a second and GiB of the second of two prefills, or why there is none."""
     device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=device)
-    taken = torch.cuda.memory_allocated()
+    taken = torch.cuda.memory_allocated() if on_gpu else 0
     seconds = 0.0
     try:
         for _ in range(2):
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize()
             start = time.perf_counter()
             model(ids, logits_to_keep=1, use_cache=True)
-            torch.cuda.synchronize()
+            if on_gpu:
+                torch.cuda.synchronize()
             seconds = time.perf_counter() - start
     except torch.OutOfMemoryError:
-        return None
-    return tokens / seconds, (torch.cuda.max_memory_allocated() - taken) / 2**30
+        return "out of memory"
+    most = torch.cuda.max_memory_allocated() if on_gpu else 0
+    return tokens / seconds, (most - taken) / 2**30
+
+
+def measure(kind: str, shape: str, sizes: tuple[int, ...], device: str) -> dict[int, Run | str]:
+    """One kind of model at all lengths that it is tried at."""
+    if kind == "native" and native_classes() is None:
+        return dict.fromkeys(sizes, NO_NATIVE)
+    model = build(kind, shape, device)
+    found: dict[int, Run | str] = {
+        tokens: prefill(model, tokens) if tokens <= UP_TO[kind] else "not run" for tokens in sizes
+    }
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found
+
+
+def rows_of(
+    found: dict[str, dict[int, Run | str]], shape: str, limits: Limits, device: str
+) -> list[Row]:
+    """The same as times against the floor of the multiplications."""
+    model = build("auto", shape, device)
+    rows = []
+    for tokens, run in found["auto"].items():
+        if isinstance(run, str):
+            continue
+        flops = forward_flops(model, 1, tokens, kept=1)
+        us: dict[str, float | str] = {}
+        for kind in KINDS:
+            other = found[kind][tokens]
+            us[kind] = other if isinstance(other, str) else 1e6 * tokens / other[0]
+        ours, by_torch = us.pop("auto"), us.pop("torch")
+        assert isinstance(ours, float)
+        if isinstance(by_torch, str):
+            us["torch"] = by_torch
+        rows.append(
+            Row("prefill", f"{shape}, {tokens} tokens", 0.0, flops, limits.floor_us(0.0, flops),
+                ours, None if isinstance(by_torch, str) else by_torch,
+                f"{run[0]:.0f} tokens/s, {run[1]:.2f} GiB", us)
+        )  # fmt: skip
+    return rows
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="Without 64k.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="4k and 8k.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Whether it runs, on any machine.")] = False,
     shape: Annotated[str, typer.Option(help="A file of benchmarks/shapes.")] = "v4-wide",
     output: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON.")] = None,
 ) -> None:
     """Measure prefill speed and memory on a GPU."""
-    require_gpu()
+    device = bench_device(tiny)
+    shape = "v4-small" if tiny else shape
+    sizes = TINY_SIZES if tiny else QUICK_SIZES if quick else SIZES
+    limits = Limits.measure(tiny)
+    found = {kind: measure(kind, shape, sizes, device) for kind in KINDS}
+    rows = rows_of(found, shape, limits, device)
+    floors = {row.shape: row.floor_us for row in rows}
     shown = Table(
-        "model", "tokens", "tokens/s", "GiB", box=box.SIMPLE,
-        title=f"prefill of {shape}: bfloat16, {torch.cuda.get_device_name()}",
+        "model", "tokens", "tokens/s", "GiB", "floor", box=box.SIMPLE,
+        title=f"prefill of {shape}: bfloat16, {limits.device}",
     )  # fmt: skip
-    found: dict[str, dict[int, tuple[float, float] | None]] = {}
     for kind in KINDS:
-        model = build(kind, shape)
-        found[kind] = {}
-        for tokens in QUICK_SIZES if quick else SIZES:
-            run = None
-            if kind != "native" or tokens <= NATIVE_UP_TO:
-                run = prefill(model, tokens)
-            found[kind][tokens] = run
-            cells = ("-", "-") if run is None else (f"{run[0]:.0f}", f"{run[1]:.2f}")
-            shown.add_row(kind, str(tokens), *cells)
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
+        for tokens, run in found[kind].items():
+            cells = (run, "-") if isinstance(run, str) else (f"{run[0]:.0f}", f"{run[1]:.2f}")
+            floor = floors.get(f"{shape}, {tokens} tokens")
+            least = "-" if floor is None else f"{1e6 * tokens / floor:.0f}"
+            shown.add_row(kind, str(tokens), *cells, least)
     Console(width=100).print(shown)
-    if output is not None:
-        output.write_text(json.dumps({"shape": shape, "prefill": found}) + "\n")
-    slower = [n for n, run in found["auto"].items() if run is None]
-    if slower:
-        sys.exit(f"out of memory at {slower} tokens")
+    write(output, limits, rows, shape=shape, prefill=found)
+    failed = [n for n, run in found["auto"].items() if isinstance(run, str)]
+    if failed:
+        sys.exit(f"out of memory at {failed} tokens")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,9 @@ class DeviceTier:
         self._uses: Counter[Key] = Counter()
         on_gpu = self.device.type == "cuda"
         self._copies = torch.cuda.Stream(self.device) if on_gpu else None
-        if on_gpu:
+        if self._copies is not None:
+            # Freed while a copy is under way, the slots are not lent to others before its end.
+            self.slots.record_stream(self._copies)
             store.allocate = pinned
         # Records that a copy still reads from, oldest first.
         self._lent: deque[tuple[Any, ExitStack, int]] = deque()
@@ -341,7 +343,7 @@ def _by_kernel(
     layout = module.layout.uniform
     if layout is None or not use_triton(module.kernels, x):
         return False
-    from modeling_dsv4.kernels import experts
+    from modeling_dsv4.kernels import expert_plan
 
     from .experts import stacked_weights
 
@@ -349,7 +351,7 @@ def _by_kernel(
     launcher = module.launcher(x, *stacked)
     if launcher is None:
         return False
-    part = experts.Part(
+    part = expert_plan.Part(
         _joined(pairs, y.device), [len(p) for p in pairs], wave.slots, module.num_experts, k
     )
     launcher.run_part(x, weights, part, *stacked, module.swiglu_limit, y)

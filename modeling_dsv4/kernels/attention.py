@@ -307,7 +307,8 @@ def attend(
     if entries is not None and (entries.shape[1] == 0 or _numel(reads.ids) == 0):
         entries = None
     sizes = _Sizes.of(q, keys, entries, reads, c, tile, splits)
-    out = _Attend.apply(q, keys, entries, sinks, real, scale, reads, sizes)
+    with torch.cuda.device_of(q):
+        out = _Attend.apply(q, keys, entries, sinks, real, scale, reads, sizes)
     return out[..., :c]
 
 

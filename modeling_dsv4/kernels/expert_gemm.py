@@ -29,6 +29,70 @@ def place(tiles, blocks):
 
 
 @triton.jit
+def rows_of(order, first, end, BLOCK_M: tl.constexpr):
+    """Sorted rows of a tile, which of them exist, and their pairs; behind the end the last."""
+    row = first + tl.arange(0, BLOCK_M)
+    return row, row < end, tl.load(order + tl.minimum(row, end - 1))
+
+
+@triton.jit
+def grad_rows(
+    dy, order, first, end, dy_row, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """`rows_of`, and pointers [1, M] to their dy: a row per token with TOP_K, else per row."""
+    row, here, pair = rows_of(order, first, end, BLOCK_M)
+    pair = pair.to(tl.int64)
+    source = tl.minimum(row, end - 1).to(tl.int64)
+    if TOP_K > 0:
+        source = pair // TOP_K
+    return row, here, pair, dy + (source * dy_row)[None, :]
+
+
+@triton.jit
+def store_inner(
+    gate, up, weight, pair, row, here, j, u, h, F, limit,
+    CLAMP: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """u = silu(clamp(gate)) * clamp(up) * weight of sorted rows, and h before that with SAVE."""
+    inside = (j < F)[:, None] & here[None, :]
+    wide = row.to(tl.int64)[None, :] * F + j[:, None]
+    if SAVE:
+        h_at = h + wide + row.to(tl.int64)[None, :] * F
+        tl.store(h_at, gate, mask=inside)
+        tl.store(h_at + F, up, mask=inside)
+    if CLAMP:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+    routing = tl.load(weight + pair)
+    tl.store(u + wide, gate * tl.sigmoid(gate) * up * routing[None, :], mask=inside)
+
+
+@triton.jit
+def store_rows(y, acc, order, row, here, out, OUT, SCATTER: tl.constexpr):
+    """Outputs [N, M] to y [P, OUT]: sorted, or with SCATTER in the order of pairs."""
+    target = row.to(tl.int64)
+    if SCATTER:
+        target = tl.load(order + row, mask=here, other=0).to(tl.int64)
+    at = target[None, :] * OUT + out[:, None]
+    tl.store(y + at, acc, mask=(out < OUT)[:, None] & here[None, :])
+
+
+@triton.jit
+def store_columns(
+    dx, even, odd, row, pair, here, first, dx_row, WIDTH,
+    SCATTER: tl.constexpr, TWO: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Columns [K, M] of dx from the first on, sorted or by pair; with TWO odd ones behind even."""
+    target = pair if SCATTER else row.to(tl.int64)
+    column = (first + tl.arange(0, BLOCK_K))[:, None]
+    at = dx + (target * dx_row)[None, :] + column
+    inside = (column < WIDTH) & here[None, :]
+    tl.store(at, even, mask=inside)
+    if TWO:
+        tl.store(at + WIDTH, odd, mask=inside)
+
+
+@triton.jit
 def _weight_row(j, ROWS, SPLIT: tl.constexpr):
     """Row of a weight for place j of a split (or plain) axis of ROWS."""
     if SPLIT:
@@ -126,11 +190,8 @@ def gate_up_gemm(
     expert, first, end, block = place(tiles, tl.cdiv(F, BLOCK_N))
     if expert >= EXPERTS:
         return
-    row = first + tl.arange(0, BLOCK_M)
-    here = row < end
-    pair = tl.load(order + tl.minimum(row, end - 1))
+    row, here, pair = rows_of(order, first, end, BLOCK_M)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    keep = j < F
     rows = _weight_row(tl.minimum(j, F - 1), F, SPLIT_ROWS)
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
@@ -150,17 +211,7 @@ def gate_up_gemm(
             up, w, s, rows + F, F, start, WIDTH, scale_columns, x_even, x_odd,
             FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, EVEN, DTYPE, ASM,
         )  # fmt: skip
-    inside = keep[:, None] & here[None, :]
-    wide = row.to(tl.int64)[None, :] * F + j[:, None]
-    if SAVE:
-        h_at = h + wide + row.to(tl.int64)[None, :] * F
-        tl.store(h_at, gate, mask=inside)
-        tl.store(h_at + F, up, mask=inside)
-    if CLAMP:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-    routing = tl.load(weight + pair)
-    tl.store(u + wide, gate * tl.sigmoid(gate) * up * routing[None, :], mask=inside)
+    store_inner(gate, up, weight, pair, row, here, j, u, h, F, limit, CLAMP, SAVE)
 
 
 @triton.jit
@@ -179,7 +230,7 @@ def linear_gemm(
     row = first + tl.arange(0, BLOCK_M)
     here = row < end
     out = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    keep, rows = out < OUT, tl.minimum(out, OUT - 1)
+    rows = tl.minimum(out, OUT - 1)
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
     x_at = x + (tl.minimum(row, end - 1).to(tl.int64) * x_row)[None, :]
@@ -194,11 +245,7 @@ def linear_gemm(
             x_even, x_odd,
             FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, EVEN, DTYPE, ASM,
         )  # fmt: skip
-    target = row.to(tl.int64)
-    if SCATTER:
-        target = tl.load(order + row, mask=here, other=0).to(tl.int64)
-    at = target[None, :] * OUT + out[:, None]
-    tl.store(y + at, acc, mask=keep[:, None] & here[None, :])
+    store_rows(y, acc, order, row, here, out, OUT, SCATTER)
 
 
 @triton.jit
@@ -218,15 +265,9 @@ def input_grad_gemm(
     expert, first, end, block = place(tiles, tl.cdiv(WIDTH, BLOCK_K))
     if expert >= EXPERTS:
         return
-    row = first + tl.arange(0, BLOCK_M)
-    here = row < end
-    pair = tl.load(order + tl.minimum(row, end - 1)).to(tl.int64)
+    row, here, pair, dy_at = grad_rows(dy, order, first, end, dy_row, TOP_K, BLOCK_M)
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
-    source = tl.minimum(row, end - 1).to(tl.int64)
-    if TOP_K > 0:
-        source = pair // TOP_K
-    dy_at = dy + (source * dy_row)[None, :]
     even = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     odd = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     # Each run of dy meets every row of one half, or the even or the odd ones where it is split.
@@ -246,13 +287,20 @@ def input_grad_gemm(
             even = tl.dot(w_even, dy_tile, even, input_precision="ieee")
             if FORMAT == FP4:
                 odd = tl.dot(w_odd, dy_tile, odd, input_precision="ieee")
-    target = pair if SCATTER else row.to(tl.int64)
-    column = (block * BLOCK_K + tl.arange(0, BLOCK_K))[:, None]
-    at = dx + (target * dx_row)[None, :] + column
-    inside = (column < WIDTH) & here[None, :]
-    tl.store(at, even, mask=inside)
-    if FORMAT == FP4:
-        tl.store(at + WIDTH, odd, mask=inside)
+    store_columns(
+        dx,
+        even,
+        odd,
+        row,
+        pair,
+        here,
+        block * BLOCK_K,
+        dx_row,
+        WIDTH,
+        SCATTER,
+        FORMAT == FP4,
+        BLOCK_K,
+    )
 
 
 @triton.jit

@@ -103,6 +103,22 @@ def _row_products(
 
 
 @triton.jit
+def store_activated(
+    both, u, weight, pair, F, limit,
+    CLAMP: tl.constexpr, PIECES: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """HALF gates and as many ups of a pair to u [P, F], in the pieces that meet W2's codes."""
+    gate, up = tl.split(tl.trans(tl.reshape(both, (2, HALF))))
+    if CLAMP:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+    value = gate * tl.sigmoid(gate) * up * tl.load(weight + pair)
+    f = tl.program_id(1) * HALF + tl.arange(0, HALF)
+    at = f % PIECES * (F // PIECES) + f // PIECES
+    tl.store(u + pair * F + at, value, mask=f < F)
+
+
+@triton.jit
 def gate_up_gemv(
     x,
     index,
@@ -137,14 +153,7 @@ def gate_up_gemv(
         x + (pair // TOP_K) * x_row, WIDTH, scale_columns,
         FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_G,
     )  # fmt: skip
-    gate, up = tl.split(tl.trans(tl.reshape(both, (2, HALF))))
-    if CLAMP:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-    value = gate * tl.sigmoid(gate) * up * tl.load(weight + pair)
-    f = tl.program_id(1) * HALF + tl.arange(0, HALF)
-    at = f % PIECES * (F // PIECES) + f // PIECES
-    tl.store(u + pair * F + at, value, mask=f < F)
+    store_activated(both, u, weight, pair, F, limit, CLAMP, PIECES, HALF)
 
 
 @triton.jit

@@ -190,7 +190,8 @@ def index_scores(
     first = torch.zeros(b, s, dtype=torch.int32, device=query.device)
     scores = torch.empty(b, s, t, dtype=torch.float32, device=query.device)
     if scores.numel():
-        _score(*_padded(query, keys), weight.contiguous(), first, first + t, scores)
+        with torch.cuda.device_of(query):
+            _score(*_padded(query, keys), weight.contiguous(), first, first + t, scores)
     return scores
 
 
@@ -238,7 +239,8 @@ def choose(
             some = None if candidates is None else candidates[:, part].to(torch.int32).contiguous()
             asks = (query[:, part].contiguous(), keys, weight[:, part].contiguous())
             sees = (first[:, part].contiguous(), own[:, part].contiguous())
-            ids[:, part], found = _choose_block(asks, sees, width, k, some, group, keep)
+            with torch.cuda.device_of(query):
+                ids[:, part], found = _choose_block(asks, sees, width, k, some, group, keep)
             if found is not None:
                 blocks[:, part] = found
     return ids, blocks if keep else None

@@ -18,7 +18,16 @@ that.
 import triton
 import triton.language as tl
 
-from modeling_dsv4.kernels.expert_gemm import columns_of, load_inside, place
+from modeling_dsv4.kernels.expert_gemm import (
+    columns_of,
+    grad_rows,
+    load_inside,
+    place,
+    rows_of,
+    store_columns,
+    store_inner,
+    store_rows,
+)
 
 from .gemv import ONE, WINDOW_MASK, bf16, high_bf16
 
@@ -153,11 +162,9 @@ def gate_up_gemm(
     expert, first, end, block = place(tiles, tl.cdiv(F, BLOCK_N))
     if expert >= EXPERTS:
         return
-    row = first + tl.arange(0, BLOCK_M)
-    here = row < end
-    pair = tl.load(order + tl.minimum(row, end - 1))
+    row, here, pair = rows_of(order, first, end, BLOCK_M)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    keep, rows = j < F, tl.minimum(j, F - 1)
+    rows = tl.minimum(j, F - 1)
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
     z += expert.to(tl.int64) * z_expert
@@ -180,17 +187,7 @@ def gate_up_gemm(
     if TRELLIS:
         gate *= bf16(tl.load(s + rows))[:, None]
         up *= bf16(tl.load(s + rows + F))[:, None]
-    inside = keep[:, None] & here[None, :]
-    wide = row.to(tl.int64)[None, :] * F + j[:, None]
-    if SAVE:
-        h_at = h + wide + row.to(tl.int64)[None, :] * F
-        tl.store(h_at, gate, mask=inside)
-        tl.store(h_at + F, up, mask=inside)
-    if CLAMP:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-    routing = tl.load(weight + pair)
-    tl.store(u + wide, gate * tl.sigmoid(gate) * up * routing[None, :], mask=inside)
+    store_inner(gate, up, weight, pair, row, here, j, u, h, F, limit, CLAMP, SAVE)
 
 
 @triton.jit
@@ -209,7 +206,7 @@ def linear_gemm(
     row = first + tl.arange(0, BLOCK_M)
     here = row < end
     out = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    keep, rows = out < OUT, tl.minimum(out, OUT - 1)
+    rows = tl.minimum(out, OUT - 1)
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
     z += expert.to(tl.int64) * z_expert
@@ -226,11 +223,7 @@ def linear_gemm(
         )  # fmt: skip
     if TRELLIS:
         acc *= bf16(tl.load(s + rows))[:, None]
-    target = row.to(tl.int64)
-    if SCATTER:
-        target = tl.load(order + row, mask=here, other=0).to(tl.int64)
-    at = target[None, :] * OUT + out[:, None]
-    tl.store(y + at, acc, mask=keep[:, None] & here[None, :])
+    store_rows(y, acc, order, row, here, out, OUT, SCATTER)
 
 
 @triton.jit
@@ -250,16 +243,10 @@ def input_grad_gemm(
     expert, first, end, block = place(tiles, tl.cdiv(CODES, BLOCK_K))
     if expert >= EXPERTS:
         return
-    row = first + tl.arange(0, BLOCK_M)
-    here = row < end
-    pair = tl.load(order + tl.minimum(row, end - 1)).to(tl.int64)
+    row, here, pair, dy_at = grad_rows(dy, order, first, end, dy_row, TOP_K, BLOCK_M)
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
     z += expert.to(tl.int64) * z_expert
-    source = tl.minimum(row, end - 1).to(tl.int64)
-    if TOP_K > 0:
-        source = pair // TOP_K
-    dy_at = dy + (source * dy_row)[None, :]
     even = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     odd = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     for start in range(0, R, BLOCK_N):
@@ -279,10 +266,6 @@ def input_grad_gemm(
                 BITS, GROUP, BLOCK_N, BLOCK_K, False, EVEN, DTYPE,
             )  # fmt: skip
             even = tl.dot(tile, dy_tile, even, input_precision="ieee")
-    target = pair if SCATTER else row.to(tl.int64)
-    column = (block * BLOCK_K + tl.arange(0, BLOCK_K))[:, None]
-    at = dx + (target * dx_row)[None, :] + column
-    inside = (column < CODES) & here[None, :]
-    tl.store(at, even, mask=inside)
-    if TRELLIS:
-        tl.store(at + CODES, odd, mask=inside)
+    store_columns(
+        dx, even, odd, row, pair, here, block * BLOCK_K, dx_row, CODES, SCATTER, TRELLIS, BLOCK_K
+    )

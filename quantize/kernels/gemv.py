@@ -22,6 +22,8 @@ What meets the codes is stored in *pieces*: the numbers at place 0 of all units,
 import triton
 import triton.language as tl
 
+from modeling_dsv4.kernels.expert_gemv import store_activated
+
 # Codes of a unit, and the ten bits of a window.
 UNIT = tl.constexpr(32)
 WINDOW_MASK = tl.constexpr(1023)
@@ -152,14 +154,7 @@ def gate_up_gemv(
         f + place // HALF * F, f < F, x + (pair // TOP_K) * x_row, UNITS, groups,
         BITS, GROUP, TRELLIS, BLOCK_N, BLOCK_U,
     )  # fmt: skip
-    gate, up = tl.split(tl.trans(tl.reshape(both, (2, HALF))))
-    if CLAMP:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-    value = gate * tl.sigmoid(gate) * up * tl.load(weight + pair)
-    f = tl.program_id(1) * HALF + tl.arange(0, HALF)
-    at = f % PIECES * (F // PIECES) + f // PIECES
-    tl.store(u + pair * F + at, value, mask=f < F)
+    store_activated(both, u, weight, pair, F, limit, CLAMP, PIECES, HALF)
 
 
 @triton.jit

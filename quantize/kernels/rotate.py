@@ -49,9 +49,10 @@ def rotate(
     x, y = x.contiguous(), x.new_empty(x.shape, dtype=dtype)
     if not x.numel():
         return y
-    rotate_rows[(x.shape[:-1].numel(),)](
-        x, across, y, x.shape[-1], len(across), pieces_in, pieces_out,
-        BLOCK_A=triton.next_power_of_2(len(across)), B=len(inside),
-        STEPS=len(inside).bit_length() - 1,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        rotate_rows[(x.shape[:-1].numel(),)](
+            x, across, y, x.shape[-1], len(across), pieces_in, pieces_out,
+            BLOCK_A=triton.next_power_of_2(len(across)), B=len(inside),
+            STEPS=len(inside).bit_length() - 1,
+        )  # fmt: skip
     return y

@@ -5,17 +5,15 @@ On a CPU Triton's interpreter runs them, at sizes whose blocks are partial every
 (`-m gpu`) they run at the model's, in float32 and bfloat16.
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch import nn
 
-from finetune.layers import LoraExperts
-from modeling_dsv4 import Dsv4ForCausalLM, ops
+from modeling_dsv4 import Dsv4ForCausalLM
 from modeling_dsv4.formats import get_format
 from modeling_dsv4.moe import Dsv4Experts, ExpertsBase
 from modeling_dsv4.storage import Fp8GroupedLinear, Fp8Linear, PackedExperts
@@ -23,7 +21,19 @@ from quantize.experts import StoredExperts
 from quantize.pack import PackFile, PackLayout, PackWriter, RecordLayout
 from quantize.store import ExpertStore
 
+sys.path.append(str(Path(__file__).parent))
+from packed_cases import (
+    Inputs,
+    Sizes,
+    check_nothing_waits,
+    compare,
+    compare_adapted,
+    compare_grouped,
+    inputs,
+)
+
 experts = pytest.importorskip("modeling_dsv4.kernels.experts")
+expert_plan = pytest.importorskip("modeling_dsv4.kernels.expert_plan")
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="uses the GPU")),
@@ -32,15 +42,6 @@ DEVICES = [
 # Relative to the largest number of each tensor. In bfloat16 the activation, what is kept of it for
 # the way back and each gradient are rounded by 2^-9; float32 only sums in another order.
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-
-
-class Sizes(NamedTuple):
-    """Width, expert width, experts, experts per token."""
-
-    d: int
-    f: int
-    e: int
-    k: int
 
 
 # 40 and 24 are no multiple of any block; the model's own, with fewer experts, on a GPU.
@@ -112,39 +113,9 @@ def _make(kind: str, sizes: Sizes, limit: float | None, dtype: torch.dtype) -> E
     return packed
 
 
-class Inputs(NamedTuple):
-    """Hidden states [n, D], expert ids [n, K], routing weights [n, K]."""
-
-    x: torch.Tensor
-    index: torch.Tensor
-    routing: torch.Tensor
-
-
-def _inputs(n: int, sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
-    """Part of a larger tensor, contiguous in no direction; one expert gets no token."""
-    x = torch.randn(n, sizes.d + 3, 2) * (0.3 if device == "cpu" else 0.1)
-    x = x.to(device, dtype)[:, 1:-2, 0]
-    index = torch.rand(n, sizes.e - 1).argsort(-1)[:, : sizes.k] + 1
-    return Inputs(x, index.to(device), torch.rand(n, sizes.k, device=device))
-
-
-def _compare(module: ExpertsBase, given: Inputs, learn: bool) -> None:
-    """The module by its kernels against itself by torch, in float32 of the same numbers."""
-    x, routing = (t.detach().requires_grad_(learn) for t in (given.x, given.routing))
-    wide, routing_ref = (t.detach().float().requires_grad_(learn) for t in (x, routing))
-    module.kernels = "triton"
-    found = [module(x, given.index, routing)]
-    module.kernels = "torch"
-    expected = [module.float()(wide, given.index, routing_ref)]
-    assert found[0].dtype is torch.float32
-    if learn:
-        grad = torch.randn_like(expected[0])
-        found += torch.autograd.grad(found[0], (x, routing), grad)
-        expected += torch.autograd.grad(expected[0], (wide, routing_ref), grad)
-        assert found[1].dtype is x.dtype
-    for name, a, b in zip(("sum", "dx", "drouting"), found, expected, strict=False):
-        worst = (a.float() - b).abs().max() / b.abs().max()
-        assert worst <= NEAR[x.dtype], f"{name}: {worst:.1e}"
+def agree(module: ExpertsBase, given: Inputs, learn: bool) -> None:
+    """Kernels and reference, as near as the dtype allows."""
+    compare(module, given, learn, NEAR[given.x.dtype])
 
 
 @pytest.fixture
@@ -165,7 +136,7 @@ def test_few_tokens_equal_the_reference(
 ) -> None:
     sizes = SIZES[device]
     module = _make(kind, sizes, 0.25, dtype).to(device)
-    _compare(module, _inputs(3, sizes, dtype, device), learn=False)
+    agree(module, inputs(3, sizes, dtype, device), learn=False)
     assert by_kernels == ["run"]
 
 
@@ -175,7 +146,7 @@ def test_many_tokens_and_their_gradients_equal_the_reference(
 ) -> None:
     sizes = SIZES[device]
     module = _make(kind, sizes, LIMITS.get((device, dtype), FAR), dtype).to(device)
-    _compare(module, _inputs(17 if device == "cpu" else 700, sizes, dtype, device), learn=True)
+    agree(module, inputs(17 if device == "cpu" else 700, sizes, dtype, device), learn=True)
     assert by_kernels == ["run"]
 
 
@@ -184,27 +155,27 @@ def test_many_tokens_and_their_gradients_equal_the_reference(
 def test_an_activation_without_a_limit_equals_the_reference(learn: bool, device: str) -> None:
     sizes = SIZES[device]
     module = _make("fp4", sizes, None, torch.float32).to(device)
-    _compare(module, _inputs(3, sizes, torch.float32, device), learn)
+    agree(module, inputs(3, sizes, torch.float32, device), learn)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("learn", [False, True])
 def test_an_expert_chosen_twice_counts_twice(learn: bool, device: str) -> None:
     sizes = SIZES[device]
-    given = _inputs(17 if learn else 3, sizes, torch.float32, device)
+    given = inputs(17 if learn else 3, sizes, torch.float32, device)
     module = _make("plain", sizes, 1.0, torch.float32).to(device)
-    _compare(module, given._replace(index=torch.full_like(given.index, 2)), learn)
+    agree(module, given._replace(index=torch.full_like(given.index, 2)), learn)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("learn", [False, True])
 def test_experts_of_another_process_count_nothing(learn: bool, device: str) -> None:
     sizes = SIZES[device]
-    given = _inputs(17 if learn else 3, sizes, torch.float32, device)
+    given = inputs(17 if learn else 3, sizes, torch.float32, device)
     module = _make("plain", sizes, FAR, torch.float32).to(device)
     index = given.index.clone()
     index[::2, 0] = sizes.e
-    _compare(module, given._replace(index=index), learn)
+    agree(module, given._replace(index=index), learn)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -213,7 +184,7 @@ def test_no_token_gives_no_row(learn: bool, device: str, by_kernels: list[str]) 
     sizes = SIZES[device]
     module = _make("fp4", sizes, 1.0, torch.float32).to(device)
     module.kernels = "triton"
-    given = _inputs(0, sizes, torch.bfloat16, device)
+    given = inputs(0, sizes, torch.bfloat16, device)
     x = given.x.requires_grad_(learn)
     found = module(x, given.index, given.routing)
     assert found.shape == (0, sizes.d) and found.dtype is torch.float32
@@ -224,7 +195,7 @@ def test_no_token_gives_no_row(learn: bool, device: str, by_kernels: list[str]) 
 
 def test_the_tiles_of_a_plan_cover_each_expert_s_rows_once() -> None:
     index = torch.tensor([[1, 4], [1, 0], [4, 1]] * 11)
-    plan = experts.make_plan(index, 6)
+    plan = expert_plan.make_plan(index, 6)
     assert torch.equal(index.flatten()[plan.order], index.flatten().sort().values)
     rows = {0: (0, 11), 1: (11, 44), 4: (44, 66)}
     found = [tuple(tile) for tile in plan.tiles.tolist() if tile[0] < 6]
@@ -268,7 +239,7 @@ def _stored(pack: PackFile) -> StoredExperts:
 def test_resident_records_are_read_in_place(pack: PackFile, n: int, by_kernels: list[str]) -> None:
     module = _stored(pack)
     module.attach_resident(pack)
-    _compare(module, _inputs(n, SIZES["cpu"], torch.float32, "cpu"), learn=n > 3)
+    agree(module, inputs(n, SIZES["cpu"], torch.float32, "cpu"), learn=n > 3)
     assert by_kernels == ["run"]
     gate_up, down = module.stacked()
     for part in (*gate_up.parts.values(), *down.parts.values()):
@@ -279,14 +250,14 @@ def test_resident_records_are_read_in_place(pack: PackFile, n: int, by_kernels: 
 def test_records_on_disk_stay_with_the_reference(pack: PackFile, by_kernels: list[str]) -> None:
     module = _stored(pack)
     module.attach_store(ExpertStore([pack], 2 * pack.layout.largest), 0)
-    _compare(module, _inputs(3, SIZES["cpu"], torch.float32, "cpu"), learn=False)
+    agree(module, inputs(3, SIZES["cpu"], torch.float32, "cpu"), learn=False)
     assert by_kernels == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
 def test_what_no_kernel_computes_stays_with_the_reference(by_kernels: list[str]) -> None:
     sizes = SIZES["cpu"]
-    given = _inputs(3, sizes, torch.float32, "cpu")
+    given = inputs(3, sizes, torch.float32, "cpu")
     rounded = _make("fp4", sizes, 1.0, torch.float32)
     rounded.round_input = torch.round
     learning = _make("plain", sizes, 1.0, torch.float32).requires_grad_()
@@ -305,7 +276,7 @@ def test_autocast_chooses_what_the_products_work_in(by_kernels: list[str]) -> No
     module, linear = _make("plain", sizes, 1.0, torch.bfloat16), Fp8Linear(40, 8, 32)
     _random_bytes(linear)
     module.kernels = linear.kernels = "triton"
-    given = _inputs(2, sizes, torch.float32, "cpu")
+    given = inputs(2, sizes, torch.float32, "cpu")
     rounded = module(given.x.bfloat16(), given.index, given.routing)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(module(*given), rounded)
@@ -319,40 +290,14 @@ def test_autocast_chooses_what_the_products_work_in(by_kernels: list[str]) -> No
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["fp4", "fp8_block32"])
 def test_grouped_products_and_their_gradients_equal_the_reference(kind: str, device: str) -> None:
-    sizes = SIZES[device]
-    module = _make(kind, sizes, 1.0, torch.float32).to(device)
-    given = _inputs(17, sizes, torch.float32, device)
-    rows = ops.group_by_expert(given.index, sizes.e)
-    module.kernels = "triton"
-    for product, width in zip((0, 1), (sizes.d, sizes.f), strict=True):
-        x = torch.randn(len(rows.token), width, device=device, requires_grad=True)
-        found = module.grouped(given.x[rows.token], given.index)[product](x)
-        parts = x.split(rows.counts)
-        expected = torch.cat([module.open_expert(e)[product](part) for e, part in enumerate(parts)])
-        grad = torch.randn_like(expected)
-        (dx,), (dx_ref,) = (torch.autograd.grad(y, x, grad) for y in (found, expected))
-        for a, b in ((found, expected), (dx, dx_ref)):
-            assert (a - b).abs().max() <= NEAR[x.dtype] * b.abs().max()
+    module = _make(kind, SIZES[device], 1.0, torch.float32).to(device)
+    compare_grouped(module, inputs(17, SIZES[device], torch.float32, device), 1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_adapters_beside_packed_experts_equal_those_beside_the_reference(device: str) -> None:
-    sizes = SIZES[device]
-    base = _make("fp4", sizes, 1.0, torch.float32)
-    layer = LoraExperts(base, "a", LoraConfig(init_lora_weights=False), 2, 4)
-    layer.to(device)
-    given = _inputs(5, sizes, torch.float32, device)
-    results = []
-    for mode in ("triton", "torch"):
-        base.kernels = mode
-        layer.zero_grad()
-        out = layer(*given)
-        out.square().mean().backward()
-        grads = [p.grad.clone() for p in layer.parameters() if p.requires_grad]
-        results.append([out.detach(), *grads])
-    assert len(results[0]) == 5
-    for a, b in zip(*results, strict=True):
-        assert (a - b).abs().max() <= NEAR[torch.float32] * b.abs().max()
+    base = _make("fp4", SIZES[device], 1.0, torch.float32)
+    compare_adapted(base, inputs(5, SIZES[device], torch.float32, device), 1e-5)
 
 
 # --- dense weights in FP8 blocks ----------------------------------------------------------------
@@ -396,7 +341,7 @@ def test_a_linear_map_that_learns_or_sees_many_rows_stays_with_the_reference(
     x = torch.randn(3, 32, requires_grad=True)
     module(x).sum().backward()
     assert x.grad.abs().sum() > 0
-    module(torch.randn(experts.DECODE_ROWS + 1, 32))
+    module(torch.randn(expert_plan.DECODE_ROWS + 1, 32))
     module(torch.randn(0, 32))
     assert by_kernels == []
 
@@ -418,11 +363,4 @@ def test_the_switch_reaches_experts_and_packed_linears(tiny_config: Callable) ->
 def test_nothing_waits_for_the_host(n: int) -> None:
     sizes = SIZES["cuda"]
     module = _make("fp4", sizes, 1.0, torch.bfloat16).to("cuda")
-    given = _inputs(n, sizes, torch.bfloat16, "cuda")
-    expected = module(*given)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found = module(*given)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(found, expected)
+    check_nothing_waits(module, inputs(n, sizes, torch.bfloat16, "cuda"))

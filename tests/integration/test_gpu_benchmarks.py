@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks of a GPU run where there is none, in their tiny form, and none hides the others."""
+
+import importlib
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+NO_NATIVE = "not run: this transformers has no deepseek_v4"
+
+
+@pytest.fixture
+def bench() -> Any:
+    return importlib.import_module("bench_gpu")
+
+
+def rows_of(path: Path) -> dict[str, dict[str, Any]]:
+    found = json.loads(path.read_text())
+    assert found["limits"]["copy"] > 0 and found["limits"]["matmul"] > 0
+    return {f"{row['op']}, {row['shape']}": row for row in found["rows"]}
+
+
+def test_training_steps_run_by_every_way_and_agree(tmp_path: Path) -> None:
+    module = importlib.import_module("kernel_training")
+    # Losses that differ would end it.
+    module.main(quick=False, tiny=True, output=tmp_path / "found.json")
+    rows = rows_of(tmp_path / "found.json")
+    assert len(rows) == 5 and all(row["us"] > 0 and row["floor_us"] > 0 for row in rows.values())
+    steps = {name.split(",")[1].strip(): row["others"] for name, row in rows.items()
+             if name.startswith("training step")}  # fmt: skip
+    assert steps["nano-v41"]["native"] == "not run: transformers has no V4.1"
+    assert steps["v4-small"]["native"] > 0 and steps["two layers of v4-small"]["native"] > 0
+    assert "% of" in next(row["note"] for name, row in rows.items() if name.startswith("mHC"))
+
+
+def test_a_model_without_mhc_is_the_same_layers_around_one_stream() -> None:
+    import torch
+    from kernel_training import TINY, without_mhc
+    from native_models import make_model, shape_config
+
+    config = shape_config(
+        TINY.wide, hc_mult=1, num_hidden_layers=1, compress_ratios=[0], num_hash_layers=0
+    )
+    model = without_mhc(make_model(config, "cpu", torch.float32)).eval()
+    x = torch.randn(1, 5, config.hidden_size)
+    found = model.model(inputs_embeds=x, use_cache=False).last_hidden_state
+    layer = model.model.layers[0]
+    caught: list[torch.Tensor] = []
+    layer.self_attn.register_forward_hook(lambda m, a, out: caught.append(out[0]))
+    layer.mlp.register_forward_hook(lambda m, a, out: caught.append(out[0]))
+    model.model(inputs_embeds=x, use_cache=False)
+    torch.testing.assert_close(found, model.model.norm(x + caught[0] + caught[1]))
+
+
+def test_public_kernels_that_are_not_there_are_named(tmp_path: Path) -> None:
+    module = importlib.import_module("kernel_peers")
+    module.main(tokens=8192, tiny=True, output=tmp_path / "found.json")
+    rows = rows_of(tmp_path / "found.json")
+    assert len(rows) == 3 and all(row["us"] > 0 for row in rows.values())
+    if importlib.util.find_spec("liger_kernel") is None:
+        assert {row["others"]["Liger"] for row in rows.values()} == {"liger-kernel not installed"}
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_prefill_says_where_transformers_has_no_v4(
+    native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("kernel_prefill")
+    if not native:
+        monkeypatch.setattr(module, "native_classes", lambda: None)
+    module.main(quick=False, tiny=True, shape="v4-wide", output=tmp_path / "found.json")
+    rows = rows_of(tmp_path / "found.json")
+    assert len(rows) == len(module.TINY_SIZES)
+    for row in rows.values():
+        other = row["others"]["native"]
+        assert other > 0 if native else other == NO_NATIVE
+
+
+def test_operations_of_a_pass_are_those_counted_by_hand() -> None:
+    import torch
+    from model_costs import attention_flops, forward_flops
+    from native_models import make_model, shape_config
+
+    config = shape_config("v4-small", num_hidden_layers=3, compress_ratios=[0, 4, 128])
+    model = make_model(config, "cpu", torch.float32)
+    # A token sees itself and those before, up to 128, and its whole windows of 4 (at most 64).
+    pairs = sum(min(t, 128) + min(t, 128) + min(t // 4, 64) + min(t, 128) + t // 128
+                for t in range(1, 301))  # fmt: skip
+    scores = sum(t // 4 for t in range(1, 301))
+    wanted = 4 * 8 * 64 * pairs + 2 * 8 * 32 * scores
+    assert attention_flops(model, 2, 300) == 2 * wanted
+    # The head's rows that are not kept are not multiplied.
+    saved = forward_flops(model, 2, 300) - forward_flops(model, 2, 300, kept=1)
+    assert saved == 2.0 * 2 * 299 * 1024 * 256
+
+
+def test_every_program_of_a_gpu_is_in_the_list_and_writes_what_it_found(bench: Any) -> None:
+    found = bench.programs()
+    names = [program.name for program in found]
+    assert names[-1] == "pytest -m gpu" and "kernel_experts --stored" in names
+    scripts = [path.stem for path in sorted((ROOT / "benchmarks").glob("kernel_*.py"))]
+    assert [name for name in names if " " not in name] == scripts
+    for script, program in ((s, p) for s in scripts for p in found if p.name == s):
+        parameters = inspect.signature(importlib.import_module(script).main).parameters
+        assert "output" in parameters
+        assert bool(program.quick) == ("quick" in parameters)
+
+
+WRITES = """
+import json, pathlib, sys
+rows = [{"op": "mHC expand, forward", "shape": "8 x 4", "floor_us": 10.0, "us": 40.0,
+         "share": 0.25, "torch_us": 80.0, "note": "", "others": {"Liger": "not there"}}]
+pathlib.Path(sys.argv[sys.argv.index("--output") + 1]).write_text(json.dumps({"rows": rows}))
+print("measured")
+"""
+
+
+def test_a_program_that_fails_hides_no_other(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kernel_a.py").write_text("print('out of luck'); raise SystemExit(3)")
+    (tmp_path / "kernel_streams.py").write_text(WRITES)
+    monkeypatch.setattr(bench, "require_gpu", lambda: None)
+    monkeypatch.setattr(bench, "programs", lambda given=bench.programs: given(tmp_path)[:2])
+    with pytest.raises(SystemExit) as end:
+        bench.main(quick=False, only="", output=tmp_path / "found")
+    assert end.value.code
+    written = (tmp_path / "found.md").read_text().splitlines()
+    row = "| kernel_streams | mHC expand, forward | 8 x 4 | 10.0 | 40.0 | 25% | 77%, short | "
+    assert row + "torch: 2.0x; Liger: not there |" in written
+    assert "- `kernel_a` failed with 3: out of luck" in written
+    outcomes = json.loads((tmp_path / "found.json").read_text())
+    assert [outcome["code"] for outcome in outcomes] == [3, 0]
+    assert "measured" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        bench.main(quick=False, only="streams", output=tmp_path / "found")
+    assert not end.value.code

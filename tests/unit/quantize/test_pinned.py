@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pinned memory: locked as long as it lives, by who locked it, and ordinary where that is refused.
+
+A runtime of CUDA is stood in for; what is checked is what it is asked.
+"""
+
+import gc
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from quantize import pinned as module
+from quantize.pinned import pinned
+
+SIZE = 1 << 16
+
+
+class Runtime:
+    """Answers as the runtime does, and remembers what it was asked."""
+
+    def __init__(self, answer: int) -> None:
+        self.answer = answer
+        self.locked: list[int] = []
+        self.freed: list[int] = []
+
+    def cudaHostRegister(self, start: int, size: int, flags: int) -> int:
+        assert size == SIZE
+        self.locked.append(start)
+        return self.answer
+
+    def cudaHostUnregister(self, start: int) -> None:
+        self.freed.append(start)
+
+
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A mark for each time that the runtime's last error was taken away."""
+    marks: list[bool] = []
+    monkeypatch.setattr(module, "_forget_error", lambda: marks.append(True))
+    return marks
+
+
+def _runtime(monkeypatch: pytest.MonkeyPatch, answer: int) -> Runtime:
+    runtime = Runtime(answer)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    return runtime
+
+
+def test_memory_is_locked_as_long_as_it_lives(
+    monkeypatch: pytest.MonkeyPatch, forgotten: list[bool]
+) -> None:
+    runtime = _runtime(monkeypatch, 0)
+    buffer = pinned(SIZE)
+    start = buffer.data_ptr()
+    assert (runtime.locked, runtime.freed, forgotten) == ([start], [], [])
+    del buffer
+    gc.collect()
+    assert runtime.freed == [start]
+
+
+def test_a_refusal_leaves_ordinary_memory_and_no_error_for_the_next_launch(
+    monkeypatch: pytest.MonkeyPatch, forgotten: list[bool]
+) -> None:
+    runtime = _runtime(monkeypatch, 2)
+    buffer = pinned(SIZE)
+    buffer.fill_(7)
+    assert buffer.sum() == 7 * SIZE and forgotten == [True]
+    del buffer
+    gc.collect()
+    assert runtime.freed == []
+
+
+def test_the_launch_that_reports_an_old_error_is_not_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def refuse(*args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append(kwargs["device"])
+        raise RuntimeError("CUDA error: part or all of the requested memory range is mapped")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    module._forget_error()
+    assert asked == ["cuda"]
+
+
+def test_a_forked_process_unlocks_nothing(
+    monkeypatch: pytest.MonkeyPatch, forgotten: list[bool]
+) -> None:
+    runtime = _runtime(monkeypatch, 0)
+    buffer = pinned(SIZE)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    del buffer
+    gc.collect()
+    assert runtime.freed == []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -40,7 +41,6 @@ def test_training_steps_run_by_every_way_and_agree(tmp_path: Path) -> None:
 
 
 def test_a_model_without_mhc_is_the_same_layers_around_one_stream() -> None:
-    import torch
     from kernel_training import TINY, without_mhc
     from native_models import make_model, shape_config
 
@@ -63,8 +63,21 @@ def test_public_kernels_that_are_not_there_are_named(tmp_path: Path) -> None:
     module.main(tokens=8192, tiny=True, output=tmp_path / "found.json")
     rows = rows_of(tmp_path / "found.json")
     assert len(rows) == 3 and all(row["us"] > 0 for row in rows.values())
-    if importlib.util.find_spec("liger_kernel") is None:
-        assert {row["others"]["Liger"] for row in rows.values()} == {"liger-kernel not installed"}
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    word = "not run: needs a GPU" if installed else "liger-kernel not installed"
+    assert torch.cuda.is_available() or {r["others"]["Liger"] for r in rows.values()} == {word}
+
+
+def test_a_peer_that_fails_says_so_in_its_row() -> None:
+    from kernel_peers import peer_us
+
+    def fail() -> torch.Tensor:
+        raise ValueError("no such kernel\nand more")
+
+    class OnGpu:
+        is_cuda = True
+
+    assert peer_us(fail, [OnGpu()]) == "failed: no such kernel"
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -83,7 +96,6 @@ def test_prefill_says_where_transformers_has_no_v4(
 
 
 def test_operations_of_a_pass_are_those_counted_by_hand() -> None:
-    import torch
     from model_costs import attention_flops, forward_flops
     from native_models import make_model, shape_config
 

@@ -4,6 +4,8 @@
 The logits of 64k tokens of V4-Flash take 31 GiB in float32, and their gradient as much again. Here
 logits and their gradient exist for one chunk, and tokens without a label never meet the head.
 
+On a GPU one kernel walks a chunk's logits and leaves their gradient in their place.
+
 torch's own `linear_cross_entropy` takes a weight in the input's dtype; this head is float32 math on
 whatever the weight is stored in, and may carry an adapter, so that it is called as it stands.
 """
@@ -12,6 +14,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from modeling_dsv4.kernel_choice import use_triton
 
 IGNORED = -100
 # Logits of one chunk. Their gradient, and the softmax inside, take as much each.
@@ -29,6 +34,31 @@ def next_labels(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, divisor: torch.Tensor, kernels: str = "torch"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the rows' cross-entropies, divided, and its gradient.
+
+    Args:
+        logits: [m, V]; a kernel overwrites them.
+        labels: [m] int64, -100 for none.
+        divisor: [] float32 (float64 for logits of that).
+        kernels: see `modeling_dsv4/kernel_choice.py`.
+
+    Returns:
+        the loss [] and its gradient [m, V] in the logits' dtype.
+    """
+    if logits.dtype is not torch.float64 and use_triton(kernels, logits):
+        from .kernels import cross_entropy as fused
+
+        return fused.cross_entropy(logits, labels, divisor, IGNORED)
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(leaf.to(divisor.dtype), labels, reduction="sum") / divisor
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient
+
+
 def backward_loss(
     head: Callable[[torch.Tensor], torch.Tensor],
     hidden: torch.Tensor,
@@ -39,7 +69,7 @@ def backward_loss(
     """Sum of the cross-entropies, divided, and its gradient, which the head's parameters get too.
 
     Args:
-        head: rows [m, D] to logits [m, V] float32.
+        head: rows [m, D] to logits [m, V] float32, whose last operation needs no logits to go back.
         hidden: [B, S, D], final hidden states; taken as a constant.
         labels: [B, S], the id that each column predicts, -100 for none.
         divisor: of the sum.
@@ -58,13 +88,23 @@ def backward_loss(
     if tokens is None:
         with torch.no_grad():
             tokens = chunk_tokens(head(flat[:1]).shape[-1])
-    into = gradient.flatten(0, 1)
+    into, kernels = gradient.flatten(0, 1), _kernels(head)
+    share = torch.full_like(total, divisor)
     for some in at.split(tokens):
         rows = flat[some].requires_grad_()
         with torch.enable_grad():
-            loss = F.cross_entropy(head(rows), wanted[some], reduction="sum") / divisor
-        loss.backward()
+            logits = head(rows)
+        loss, slopes = cross_entropy(logits.detach(), wanted[some], share, kernels)
+        logits.backward(slopes)
         assert rows.grad is not None
         into[some] = rows.grad
-        total += loss.detach()
+        total += loss
     return total, gradient
+
+
+def _kernels(head: object) -> str:
+    """What `set_kernels` said of a head, whatever stands around it."""
+    modules = head.modules() if isinstance(head, nn.Module) else ()
+    return next(
+        (m.kernels for m in modules if isinstance(getattr(m, "kernels", None), str)), "auto"
+    )

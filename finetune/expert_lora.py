@@ -27,7 +27,7 @@ from modeling_dsv4 import ops
 from modeling_dsv4.moe import ExpertsBase, Linear
 from quantize.experts import StoredExperts
 
-from . import expert_pass
+from . import expert_pass, low_rank
 from .beside import Bank, Banks, BesideLora, plain_weight, reset_pair
 from .expert_rows import Branch, Pass, make_branch
 from .frozen import GroupedExperts, freeze
@@ -143,6 +143,9 @@ class LoraExperts(BesideLora):
         self, x: torch.Tensor, branches: dict[str, Branch], a: Banks, b: Banks
     ) -> torch.Tensor:
         """Sum over the adapters of `s (x A_e^T) B_e^T`: rows [M, in] -> [M, out] float32."""
+        banks = [bank[name].weight for name in branches for bank in (a, b)]
+        if low_rank.takes(self.base_layer.kernels, x, banks):
+            return low_rank.add_all(x, list(branches.values()), banks)
         total = None
         for name, branch in branches.items():
             mine = x if branch.places is None else x[branch.places]

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from . import low_rank
 from .expert_rows import Branch, Pass, Share, Span
-from .grouped import outer, times, times_back
 
 
 def run(
@@ -113,9 +113,9 @@ def _forward(
     """A block's rows [m, D] -> [m, D]; h and lows of all rows are filled where they are kept."""
     frozen, weights = todo.frozen, weights[block.start : block.stop]
     first = weights.new_zeros(len(x), 2 * todo.inner)
-    wide, x = x.to(weights.dtype), x.to(frozen.dtype)
     for branch, share, i in todo.shares(block):
-        _add_low_rank(first, wide, branch, share, banks[i : i + 2], lows[i // 2])
+        _add_low_rank(todo, first, x, branch, share, banks[i : i + 2], lows[i // 2])
+    x = x.to(frozen.dtype)
     inner, y = weights.new_empty(len(x), todo.inner), weights.new_empty(x.shape)
     for unit, at in todo.units(block):
         part = first[at].add_(frozen.gate_up(x[at], unit.first, todo.counts(unit)))
@@ -125,11 +125,12 @@ def _forward(
         y[at] = frozen.down(inner[at].to(frozen.dtype), unit.first, todo.counts(unit))
     del first
     for branch, share, i in todo.shares(block):
-        _add_low_rank(y, inner, branch, share, banks[i + 2 : i + 4], lows[i // 2 + 1])
+        _add_low_rank(todo, y, inner, branch, share, banks[i + 2 : i + 4], lows[i // 2 + 1])
     return y
 
 
 def _add_low_rank(
+    todo: Pass,
     y: torch.Tensor,
     x: torch.Tensor,
     branch: Branch,
@@ -139,8 +140,8 @@ def _add_low_rank(
 ) -> None:
     """`y += (s x A^T) B^T` for the rows of a share; the bracket is kept where there is room."""
     a, b = (bank[share.banks] for bank in pair)
-    low = times(share.of(x), a, share.counts).mul_(branch.scale)
-    share.add(y, times(low, b, share.counts))
+    low = low_rank.narrow(x, a, share, branch.scale, kernels=todo.kernels)
+    low_rank.widen(y, low, b, share, wide_first=True, kernels=todo.kernels)
     if len(kept):
         kept[share.rows] = low
 
@@ -158,15 +159,12 @@ def _backward(
     du = saved.weights.new_zeros(len(grad), todo.inner)
     lows = {}
     for branch, share, i in shares:
-        g = share.of(grad)
-        low = times_back(g, saved.banks[i + 3][share.banks], share.counts).mul_(branch.scale)
-        share.add(du, times_back(low, saved.banks[i + 2][share.banks], share.counts))
-        _fill(dbanks[i + 3], share, g, saved.lows[i // 2 + 1][share.rows])
-        lows[i] = low
+        lows[i] = _back(todo, grad, branch, share, saved.banks[i + 2 : i + 4], du)
+        _fill(todo, dbanks[i + 3], share, saved.lows[i // 2 + 1][share.rows], grad, True)
     dx = saved.weights.new_empty(grad.shape if want_x else (0, grad.shape[1]))
     dw, dh = torch.empty_like(saved.weights), grad.new_empty(len(grad), 2 * todo.inner)
     inner, x = torch.empty_like(du), saved.x.to(dh.dtype)
-    again = None if todo.keep else _first(shares, saved.lows, saved.banks, dh)
+    again = None if todo.keep else _first(todo, shares, saved.lows, saved.banks, dh)
     for unit, at in reversed(todo.units(block)):
         counts, w = todo.counts(unit), saved.weights[at, None]
         du[at] += frozen.down_back(grad[at].to(frozen.dtype), unit.first, counts)
@@ -181,17 +179,31 @@ def _backward(
             dx[at] = frozen.gate_up_back(dh[at].to(frozen.dtype), unit.first, counts)
     del du, again
     for branch, share, i in shares:
-        _fill(dbanks[i + 2], share, lows[i], share.of(inner))
-        g = share.of(dh)
-        low = times_back(g, saved.banks[i + 1][share.banks], share.counts).mul_(branch.scale)
-        _fill(dbanks[i + 1], share, g, saved.lows[i // 2][share.rows])
-        _fill(dbanks[i], share, low, share.of(x))
-        if want_x:
-            share.add(dx, times_back(low, saved.banks[i][share.banks], share.counts))
+        _fill(todo, dbanks[i + 2], share, lows[i], inner)
+        low = _back(todo, dh, branch, share, saved.banks[i : i + 2], dx if want_x else None)
+        _fill(todo, dbanks[i + 1], share, saved.lows[i // 2][share.rows], dh, True)
+        _fill(todo, dbanks[i], share, low, x)
     return dx, dw
 
 
+def _back(
+    todo: Pass,
+    grad: torch.Tensor,
+    branch: Branch,
+    share: Share,
+    pair: Sequence[torch.Tensor],
+    dx: torch.Tensor | None,
+) -> torch.Tensor:
+    """The gradient of what A gave, [m, r]; that of the rows is added to `dx`."""
+    a, b = (bank[share.banks] for bank in pair)
+    low = low_rank.narrow(grad, b, share, branch.scale, wide_first=True, kernels=todo.kernels)
+    if dx is not None:
+        low_rank.widen(dx, low, a, share, kernels=todo.kernels)
+    return low
+
+
 def _first(
+    todo: Pass,
     shares: list[tuple[Branch, Share, int]],
     lows: Sequence[torch.Tensor],
     banks: Sequence[torch.Tensor],
@@ -200,14 +212,21 @@ def _first(
     """What the adapters add to h [m, 2F], from what their A gave."""
     first = torch.zeros_like(like)
     for _, share, i in shares:
-        low = lows[i // 2][share.rows]
-        share.add(first, times(low, banks[i + 1][share.banks], share.counts))
+        low, b = lows[i // 2][share.rows], banks[i + 1][share.banks]
+        low_rank.widen(first, low, b, share, wide_first=True, kernels=todo.kernels)
     return first
 
 
-def _fill(dbank: torch.Tensor | None, share: Share, g: torch.Tensor, x: torch.Tensor) -> None:
+def _fill(
+    todo: Pass,
+    dbank: torch.Tensor | None,
+    share: Share,
+    low: torch.Tensor,
+    x: torch.Tensor,
+    wide_first: bool = False,
+) -> None:
     if dbank is not None:
-        dbank[share.banks] = outer(g, x, share.counts)
+        low_rank.fill(dbank[share.banks], low, x, share, wide_first, todo.kernels)
 
 
 def _activate(h: torch.Tensor, limit: float | None) -> torch.Tensor:

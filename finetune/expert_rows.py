@@ -124,6 +124,7 @@ class Pass:
         branches: the adapters.
         keep: whether h is kept for the backward pass; else it is computed again there.
         limit: of SwiGLU.
+        kernels: what computes the low ranks, see `modeling_dsv4/kernel_choice.py`.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Pass:
         keep: bool = True,
     ) -> None:
         self.frozen, self.rows, self.branches, self.keep = frozen, rows, branches, keep
+        self.kernels = base.kernels
         self.limit, self.inner, self.prepare = (
             base.swiglu_limit,
             base.intermediate_size,

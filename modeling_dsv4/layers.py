@@ -34,6 +34,8 @@ class Float32Linear(nn.Linear):
 class Float32Head(nn.Linear):
     """`lm_head`: input and weight in float32, whatever the model's dtype; logits are float32."""
 
+    kernels = "auto"  # of a loss over the logits, see kernel_choice.py
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.dtype not in (torch.bfloat16, torch.float16):
             return F.linear(x.to(self.weight.dtype), self.weight)

@@ -30,6 +30,7 @@ from torch import nn
 from modeling_dsv4 import Dsv4ForCausalLM, hyper_ops
 from modeling_dsv4.attention import Shared
 from modeling_dsv4.blocks import Pass
+from modeling_dsv4.engram import host_table
 from modeling_dsv4.hyper_connection import first_pre
 from quantize.pinned import pinned
 from quantize.sizes import format_size
@@ -390,11 +391,12 @@ class LayerMajor:
         return (lambda: self._announce_rows(micros, i, m)) if m < len(micros) else None
 
     def _announce_rows(self, micros: list[_Micro], i: int, m: int) -> None:
-        """Start to read a micro-batch's Engram rows of a layer, if its table is on disk."""
+        """Start to bring a micro-batch's Engram rows of a layer, if its table is on the host."""
         engram, rows = self.layers[i].engram, micros[m].told.engram_rows
-        if engram is not None and getattr(engram.embed, "store", None) is not None:
+        place = None if engram is None else host_table(engram)
+        if place is not None:
             assert rows is not None
-            engram.embed.announce(rows[engram.position])
+            place[0].announce(rows[engram.position], place[1])
 
     # --- dropout --------------------------------------------------------------------------------
 

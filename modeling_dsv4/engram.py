@@ -23,6 +23,7 @@ from . import ops
 from .cache_stores import Ring
 from .configuration_dsv4 import Dsv4Config
 from .engram_hash import DEAD, EngramHash
+from .kernel_choice import use_triton
 from .segments import Segments
 
 
@@ -85,10 +86,19 @@ class Engram(nn.Module):
         return self.gate(streams, key, value, self.q_weight, self.k_weight, live)[1]
 
 
-def start_reads(layers: Iterable[nn.Module], rows: torch.Tensor) -> torch.Tensor:
-    """Tell tables on disk the rows of the whole pass, before its first layer.
+def host_table(engram: Any) -> tuple[Any, torch.device] | None:
+    """A layer's table and where the layer computes, if rows come from the host when announced."""
+    table = engram.embed
+    if not hasattr(table, "reads_on_host"):
+        return None
+    device = next(p.device for name, p in engram.named_parameters() if "embed" not in name)
+    return (table, device) if table.reads_on_host(device) else None
 
-    Everything is hashed by now, so the reads of a late layer hide behind all layers before it.
+
+def start_reads(layers: Iterable[nn.Module], rows: torch.Tensor) -> torch.Tensor:
+    """Tell tables on the host the rows of the whole pass, before its first layer.
+
+    Everything is hashed by now, so reads and copies of a late layer hide behind all before it.
 
     Args:
         layers: of the model, in their order.
@@ -99,12 +109,14 @@ def start_reads(layers: Iterable[nn.Module], rows: torch.Tensor) -> torch.Tensor
     """
     # By name: an adapter may stand around the module.
     found: list[Any] = [getattr(layer, "engram", None) for layer in layers]
-    tables = [engram.embed for engram in found if engram is not None]
-    if all(getattr(table, "store", None) is None for table in tables):
+    tables = [host_table(engram) for engram in found if engram is not None]
+    if not any(tables):
         return rows
     rows = rows.cpu()
-    for table, ids in zip(tables, rows, strict=True):
-        table.announce(ids)
+    for place, ids in zip(tables, rows, strict=True):
+        if place is not None:
+            table, device = place
+            table.announce(ids, device)
     return rows
 
 
@@ -127,10 +139,28 @@ def lookup_rows(
     else:
         before = ring.tail(segments.state.seen, back, ids)
         ring.write(ids, segments)
-    history = torch.cat((before, ids), dim=1)
-    s = ids.shape[1]
+    return ngram_rows(hashing, torch.cat((before, ids), dim=1), segments.local)
+
+
+def ngram_rows(hashing: EngramHash, history: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """Table rows of compressed ids, for all Engram layers.
+
+    Args:
+        hashing: of the model.
+        history: [B, n - 1 + S] int64, with the n - 1 ids before the first token; `DEAD` for none.
+        local: [B, S] int64, places of the tokens in their documents.
+
+    Returns:
+        [layers, B, S, P] int64.
+    """
+    back, s = hashing.config.engram_max_ngram_size - 1, local.shape[1]
+    if use_triton(hashing.kernels, history):
+        from .kernels import engram_hash
+
+        constants = hashing.multipliers, hashing.primes, hashing.offsets
+        return engram_hash.ngram_rows(history, local, hashing.pad_id(), constants, DEAD)
     context = torch.stack([history[:, back - i : back - i + s] for i in range(back + 1)], dim=-1)
-    outside = segments.local[..., None] < torch.arange(back + 1, device=ids.device)
+    outside = local[..., None] < torch.arange(back + 1, device=history.device)
     context = hashing.cut_context(context.masked_fill(outside, DEAD))
     layers = range(len(hashing.config.engram_layer_ids))
     return torch.stack([hashing.rows(i, context) for i in layers])

@@ -217,6 +217,7 @@ class EngramHash(nn.Module):
         multipliers: [L, n] int64; `primes` [L, orders, heads]; `offsets` [L, orders, heads], for
             the L Engram layers and n-grams up to n.
         num_rows: rows of each layer's table.
+        kernels: what computes the rows of a pass.
     """
 
     token_map: torch.Tensor
@@ -227,6 +228,7 @@ class EngramHash(nn.Module):
     def __init__(self, config: Dsv4Config) -> None:
         super().__init__()
         self.config = config
+        self.kernels = "auto"  # see kernel_choice.py
         unset = torch.full((config.vocab_size,), DEAD, dtype=torch.int64)
         self.register_buffer("token_map", unset)
         constants = self._constants()
@@ -271,8 +273,12 @@ class EngramHash(nn.Module):
 
     def cut_context(self, context: torch.Tensor) -> torch.Tensor:
         """Compressed ids [..., n] by look-back, with everything behind a break made pad."""
+        return cut_context(context, self.pad_id())
+
+    def pad_id(self) -> torch.Tensor:
+        """The compressed id [] that stands for everything behind a break."""
         self._require_map()
-        return cut_context(context, self.token_map[self.config.engram_pad_token_id])
+        return self.token_map[self.config.engram_pad_token_id]
 
     def rows(self, layer_pos: int, context: torch.Tensor) -> torch.Tensor:
         """Cut contexts [..., n] -> table rows [..., P], for the `layer_pos`-th Engram layer.

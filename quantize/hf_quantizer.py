@@ -155,7 +155,7 @@ def attach_tables(model: nn.Module, directory: Path, engram_memory: int | None =
     budget = available_memory() // 2 if engram_memory is None else engram_memory
     if sum(file.nbytes for file in files) <= budget:
         for (path, module), file in zip(modules, files, strict=True):
-            module.attach_resident(file, _device(model, path))
+            module.attach_resident(file, _table_device(_device(model, path), files))
         return
     store = RowStore(files, min(budget, _DEFAULT_ROWS) if engram_memory is None else budget)
     for number, (_, module) in enumerate(modules):
@@ -273,6 +273,17 @@ def _device(model: nn.Module, path: str) -> torch.device:
     works_on = (getattr(hook, "execution_device", None) for hook in hooks)
     found = next((d for d in works_on if d is not None), here) if here.type == "meta" else here
     return torch.device(found)
+
+
+def _table_device(device: torch.device, files: list[TableFile]) -> torch.device:
+    """Where resident tables lie: with their layers, or on the host of a GPU that they would fill.
+
+    A token reads a few rows, which can come over; experts have more use for the room.
+    """
+    if device.type != "cuda":
+        return device
+    small = 8 * sum(file.nbytes for file in files) <= torch.cuda.mem_get_info(device)[0]
+    return device if small else torch.device("cpu")
 
 
 def _check_engram(model: nn.Module, engram_memory: int | None) -> None:

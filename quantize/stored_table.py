@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An Engram table in a file of its own: resident as bytes, or on disk behind a `RowStore`.
 
+Rows on the host of a layer on a GPU are copied there beside its work, see `staged_rows.py`.
 Both take the same rows apart with the same code, so where a table is changes no bit of a result.
 """
 
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .checksums import FILE as CHECKSUMS
 from .pack import read_exactly
 from .row_store import RowStore
+from .staged_rows import StagedRows, make_link
 from .tables import RowLayout, TableFile, table_file_name, table_header
 
 # Rows taken apart at a time where the whole table is asked for.
@@ -46,6 +49,9 @@ class StoredTable(nn.Module):
         self.register_buffer("packed", None, persistent=False)
         self.store: RowStore | None = None
         self._table = 0
+        # How rows reach the device that computes, where it is another.
+        self._staged: StagedRows | None = None
+        self._staged_for: torch.device | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
@@ -89,14 +95,53 @@ class StoredTable(nn.Module):
                     "does not belong to this config.json"
                 )
 
-    def announce(self, ids: torch.Tensor) -> None:
-        """Say which rows [...] come next; reads from disk start at once."""
-        if self.store is not None:
+    def reads_on_host(self, device: torch.device) -> bool:
+        """Whether a layer that computes on `device` has ids on the host, to announce them."""
+        return self.store is not None or self._staging(device) is not None
+
+    def announce(self, ids: torch.Tensor, device: torch.device | None = None) -> None:
+        """Say which rows [...] come next: reads from disk, or copies to a GPU, start at once.
+
+        Args:
+            ids: int64, on the host where rows are copied.
+            device: where the layer computes.
+        """
+        staged = self._staging(device)
+        if staged is not None:
+            staged.announce(ids.flatten().cpu())
+        elif self.store is not None:
             self.store.announce(self._table, ids.flatten().numpy(force=True))
 
+    def _staging(self, device: torch.device | None) -> StagedRows | None:
+        """What brings rows to a device other than theirs, if there is need."""
+        if self.packed is not None and self.packed.device.type != "cpu":
+            return None
+        if self._staged is None or self._staged_for != device:
+            link = make_link(device)
+            self._staged_for, self._staged = device, None
+            if link is not None:
+                begin = None if self.store is None else self._begin
+                self._staged = StagedRows(link, self.layout.nbytes, self._gather, begin)
+        return self._staged
+
+    def _begin(self, ids: torch.Tensor) -> None:
+        assert self.store is not None
+        self.store.announce(self._table, ids.numpy())
+
+    def _gather(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the rows of ids [n] into host memory [n, row bytes]."""
+        if self.packed is not None:
+            torch.index_select(self.packed, 0, ids, out=out)
+        elif self.store is not None:
+            out.copy_(torch.from_numpy(self.store.take(self._table, ids.numpy())))
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of ids [...]: [..., width] in `dtype`, where the rows are."""
+        """Rows of ids [...]: [..., width] in `dtype`, where the rows are, or were announced for."""
         flat = ids.flatten()
+        if self._staged is not None and flat.device.type == "cpu" and self._staged.holds(flat):
+            rows, place = self._staged.take()
+            numbers = F.embedding(place, self.layout.unpack(rows, self.dtype))
+            return numbers.view(*ids.shape, self.embedding_dim)
         if self.packed is not None:
             rows = self.packed.index_select(0, flat.to(self.packed.device))
         elif self.store is not None:

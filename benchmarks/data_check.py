@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast data is checked, part by part, against reading its JSON alone.
+"""How fast data is checked, part by part, against reading its JSON alone; and in what memory.
 
-python benchmarks/data_check.py [--megabytes 10] [--tokenizer DIR]
+    python benchmarks/data_check.py [--megabytes 10] [--tokenizer DIR]
+
+Memory is the peak of a process that does nothing but the check, over one that has imported the
+same and checked a single record: of the file, and of one four times as large.
 """
 
 import argparse
 import json
+import os
 import random
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,11 +37,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=float, default=10)
     parser.add_argument("--tokenizer", help="Directory of a tokenizer; without it none is timed.")
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.one is not None:
+        check_one(args.one, args.tokenizer)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "chats.jsonl")
+        file, large, small = (Path(folder, f"{name}.jsonl") for name in ("chats", "more", "one"))
         write_chats(file, round(args.megabytes * 1e6))
+        write_chats(large, round(4 * args.megabytes * 1e6))
+        write_chats(small, 1)
         measure(file, args.tokenizer)
+        show_memory([small, file, large], args.tokenizer)
 
 
 def write_chats(file: Path, size: int) -> None:
@@ -74,7 +87,7 @@ def measure(file: Path, tokenizer_dir: str | None) -> None:
         parts.append(("encode", lambda: [encode_long(r, tokenizer, rules) for r in records]))
     parts.append(("check, all of it", lambda: check_data(file, tokenizer, detector=detector)))
     table = Table(title=f"{size:.1f} MB, {len(records):,} chats")
-    for title in ("part", "s", "MB/s", "of the limit"):
+    for title in ("part", "s", "MB/s", "records/s", "of the limit"):
         table.add_column(title, justify="left" if title == "part" else "right")
     limit = 0.0
     for name, part in parts:
@@ -82,11 +95,55 @@ def measure(file: Path, tokenizer_dir: str | None) -> None:
         part()
         seconds = time.perf_counter() - start
         limit = limit or seconds
-        table.add_row(name, f"{seconds:.2f}", f"{size / seconds:.1f}", f"{limit / seconds:.2f}")
-    console = Console()
-    console.print(table)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    console.print(f"peak memory {peak:,.0f} MiB, the records and lines of this script included")
+        table.add_row(
+            name,
+            f"{seconds:.2f}",
+            f"{size / seconds:.1f}",
+            f"{len(records) / seconds:,.0f}",
+            f"{limit / seconds:.3f}",
+        )
+    Console().print(table)
+
+
+def check_one(file: Path, tokenizer_dir: str | None) -> None:
+    """Check a file; print seconds, and peak memory in bytes."""
+    tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir)
+    detector, start = Detector(), time.perf_counter()
+    check_data(file, tokenizer, detector=detector)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sys.stdout.write(json.dumps([seconds, peak]) + "\n")
+
+
+def show_memory(files: list[Path], tokenizer_dir: str | None) -> None:
+    """Check each file in a process of its own; the first shows what the imports take."""
+    table = Table(title="the check alone, a process each")
+    for title in ("records", "MB", "s", "records/s", "peak MiB", "over one record"):
+        table.add_column(title, justify="right")
+    least = 0.0
+    for file in files:
+        command = [sys.executable, __file__, "--one", str(file)]
+        command += [] if tokenizer_dir is None else ["--tokenizer", tokenizer_dir]
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        seconds, peak = json.loads(done.stdout.splitlines()[-1])
+        least = least or peak
+        count = len(file.read_bytes().splitlines())
+        table.add_row(
+            f"{count:,}",
+            f"{file.stat().st_size / 1e6:.1f}",
+            f"{seconds:.2f}",
+            f"{count / seconds:,.0f}",
+            f"{peak / 2**20:,.0f}",
+            f"{(peak - least) / 2**20:,.0f} MiB",
+        )
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from modeling_dsv4.moe import Dsv4Experts, ExpertsBase
 from modeling_dsv4.storage import FrozenStorage
 
-from .layers import PLAIN
+from .beside import PLAIN
 
 # Group -> pattern of its parameters, from the backbone on.
 LEFT_OUT: dict[str, str] = {

@@ -24,7 +24,7 @@ from modeling_dsv4.moe import ExpertsBase
 from .combine import add_weighted_adapter
 from .hot_layers import LoraSomeExperts
 from .identity import base_identity, is_ours
-from .layers import LAYER_KINDS, BesideLora, LoraPackedLinear, is_packed_linear
+from .layers import LAYER_KINDS, BesideLora, LoraLinear, LoraPackedLinear, is_packed_linear
 from .memory_layers import MEMORY_KINDS, check_memory, refuse_mixing
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,9 @@ class Dsv4LoraModel(LoraModel):
             check_identity(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    @staticmethod
+    # PEFT has it without `self`, and calls it on the tuner.
     def _create_new_module(
+        self,
         lora_config: LoraConfig,
         adapter_name: str,
         target: nn.Module,
@@ -77,6 +78,8 @@ class Dsv4LoraModel(LoraModel):
                 return layer(target, adapter_name, config=lora_config, **kwargs)
         if is_packed_linear(base):
             return LoraPackedLinear(target, adapter_name, config=lora_config, **kwargs)
+        if type(base) is nn.Linear and is_ours(self.model) and not lora_config.fan_in_fan_out:
+            return LoraLinear(target, adapter_name, config=lora_config, **kwargs)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def _replace_module(

@@ -95,12 +95,16 @@ class _Project(torch.autograd.Function):
         return y * r
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, fn, r, y = ctx.saved_tensors
-        dy = grad * r
-        # d r / d x = -r^3 x / (N D)
-        slope = (grad * y).sum(-1, keepdim=True) * r.pow(3) / -x.shape[-1]
-        return (dy @ fn).addcmul_(slope, x), dy.t() @ x, None
+        dy, dx, dfn = grad * r, None, None
+        if ctx.needs_input_grad[0]:
+            # d r / d x = -r^3 x / (N D)
+            slope = (grad * y).sum(-1, keepdim=True) * r.pow(3) / -x.shape[-1]
+            dx = (dy @ fn).addcmul_(slope, x)
+        if ctx.needs_input_grad[1]:
+            dfn = dy.t() @ x
+        return dx, dfn, None
 
 
 class _Collapse(torch.autograd.Function):

@@ -25,6 +25,7 @@ from .formats import (
 from .kernel_choice import use_triton
 from .layers import Float32Head
 from .moe import Dsv4Experts, ExpertsBase, Linear, StackedWeight, Tiles
+from .ops import fp32
 from .tiled_products import frozen_linear, packed_linear, weight_tiles
 from .weight_map import opaque_inventory
 
@@ -74,9 +75,14 @@ class GroupedLinear(nn.Module):
     def _make_weight(self) -> None:
         self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., G, in] -> [..., G, O]."""
-        return torch.einsum("...gi,goi->...go", x, self.weight.unflatten(0, (self.groups, -1)))
+    def forward(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., G, in] -> [..., G, O]; `plus` [..., G, O] is added before the one rounding."""
+        weight = self.weight.unflatten(0, (self.groups, -1))
+        if plus is None:
+            return torch.einsum("...gi,goi->...go", x, weight)
+        rows, base = (t.movedim(-2, 0).flatten(1, -2) for t in (x, plus.to(x.dtype)))
+        y = torch.baddbmm(base, rows, weight.mT)  # [G, n, O]
+        return y.unflatten(1, x.shape[:-2]).movedim(0, -2)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, groups={self.groups}"
@@ -146,11 +152,14 @@ class Fp8Linear(_Fp8Blocks, nn.Linear):
         out.weight = nn.Parameter(self.dequantized(dtype))
         return out
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., in] -> [..., out]; `plus` [..., out] is added, where it can before rounding."""
         if self.round_input is not None:
             x = self.round_input(x)
         found = self._by_kernel(x, None)
-        return packed_linear(x, self.parts(), self.format) if found is None else found
+        if found is None:
+            return packed_linear(x, self.parts(), self.format, plus)
+        return found if plus is None else (fp32(found) + plus).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format.name}"
@@ -180,17 +189,20 @@ class Fp8GroupedLinear(_Fp8Blocks, GroupedLinear):
         out.weight = nn.Parameter(self.dequantized(dtype))
         return out
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         found = self._by_kernel(x, self.groups)
         if found is not None:
-            return found
+            return found if plus is None else (fp32(found) + plus).to(x.dtype)
         o, parts = self.out_features // self.groups, self.parts()
 
         def tiles(group: int) -> Tiles:
             at = group * o, (group + 1) * o
             return lambda dtype: (self.format.unpack_rows(parts, *at, dtype),)
 
-        y = [frozen_linear(x[..., g, :], tiles(g)) for g in range(self.groups)]
+        y = [
+            frozen_linear(x[..., g, :], tiles(g), None if plus is None else plus[..., g, :])
+            for g in range(self.groups)
+        ]
         return torch.stack(y, dim=-2)
 
     def extra_repr(self) -> str:

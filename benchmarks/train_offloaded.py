@@ -3,6 +3,7 @@
 
     python benchmarks/train_offloaded.py                    64 experts, 2 layers: 1.7 GB of disk
     python benchmarks/train_offloaded.py --experts 256      as many as V4-Flash has: 6.9 GB
+    ... --checkpoint DIR                                    keep the model there, and use it again
 
 Layers are as wide as V4-Flash (4096, experts of 2048 at FP4: 13.4 MB each); weights are drawn and
 packs written as they are. LoRA on all modules, AdamW, float32, layer by layer (`LayerMajor`). Every
@@ -180,8 +181,28 @@ def show(rows: list[tuple[str, Step, float]], rate: float, memory: int) -> bool:
     return fine
 
 
+def provide(made: Path, layers: int, experts: int) -> int:
+    """A model of so many layers and experts, unless it is there; bytes of all experts."""
+    from quantize.pack import PackFile
+
+    if not made.exists():
+        return make_checkpoint(made, layers, experts, 0)
+    packs = [PackFile.open(path) for path in sorted(made.glob("experts-*.safetensors"))]
+    config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+    found = len(packs), config["n_routed_experts"]
+    if found != (layers, experts):
+        raise SystemExit(f"{made}: wanted {layers} layers of {experts} experts, got {found}")
+    return sum(pack.nbytes for pack in packs)
+
+
 def compare(
-    scratch: Path, layers: int, experts: int, budget: int, memory: int, options: dict[str, Any]
+    scratch: Path,
+    made: Path,
+    layers: int,
+    experts: int,
+    budget: int,
+    memory: int,
+    options: dict[str, Any],
 ) -> bool:
     """Gradients at a size where both orders fit, then bytes, memory and time at the true width."""
     from quantize.machine import measure_disk
@@ -196,8 +217,7 @@ def compare(
         f"16 experts, {len(errors)} gradients: largest difference from the ordinary order with all "
         f"experts in memory {max(errors):.1e} of the gradient's norm (limit {ERROR:.0e})"
     )
-    made = scratch / "model"
-    total = make_checkpoint(made, layers, experts, 0)
+    total = provide(made, layers, experts)
     os.sync()
     packs = sorted(made.glob("experts-*.safetensors"))
     resident = in_a_process(made, **options, order="layer-major", budget=total)
@@ -228,6 +248,7 @@ def main(
     resident: Annotated[str, typer.Option(help="Of the experts.")] = "0.4GB",
     memory: Annotated[str, typer.Option(help="A process may take.")] = "8GiB",
     directory: Annotated[Path | None, typer.Option(help="On a real disk.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Of the model; kept.")] = None,
     one: Annotated[Path | None, typer.Option(hidden=True)] = None,
     order: Annotated[str, typer.Option(hidden=True)] = "layer-major",
     budget: Annotated[int, typer.Option(hidden=True)] = 0,
@@ -245,7 +266,8 @@ def main(
     options: dict[str, Any] = {"threads": threads, "tokens": tokens, "counts": counts}
     with tempfile.TemporaryDirectory(dir=directory, prefix="train-") as scratch:
         limits = parse_size(resident), parse_size(memory)
-        fine = compare(Path(scratch), layers, experts, *limits, options)
+        made = checkpoint or Path(scratch, "model")
+        fine = compare(Path(scratch), made, layers, experts, *limits, options)
     if not fine:
         raise SystemExit("above a limit")
 

@@ -25,8 +25,9 @@ enum { TILE_X = 2, TILE_W = 2 };
 enum { TILE_X = 2, TILE_W = 2 };
 #endif
 enum { PANEL = 1024, PANEL_STRIDE = PANEL + LANES, ROWS = 12, MOST_ROWS = 128 };
-/* Rows of x that are few; bytes of codes that are fetched ahead. */
-enum { FEW = 8, AHEAD = 16384 };
+/* Rows of x that are few, and rows of weights that one thread then takes at once: what is fetched
+ * ahead is its own. Bytes of codes that are. */
+enum { FEW = 8, FEW_CHUNK = MOST_ROWS * ROWS / FEW, AHEAD = 16384 };
 
 typedef struct {
     Matrix gate, up, down;
@@ -149,6 +150,7 @@ INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t
             const vec *at = (const vec *)(x + i * stride + b * block);
             vec product = w[0] * at[0];
             for (int j = 1; j < vectors; ++j) product += w[j] * at[j];
+            if (unit_of(kind) != 1) product *= unit_of(kind);
             sum[i] += scale * product;
         }
     }
@@ -192,7 +194,8 @@ INLINE void unpack_panel(const Matrix *a, const Row *r, const int kind, int64_t 
     for (; at < end && at < from + n; at += block) {
         vec w[MOST_VECTORS];
         const vec scale = unpack(a, r, kind, at / block, w);
-        for (int j = 0; j < vectors; ++j) ((vec *)(out + at - from))[j] = w[j] * scale;
+        for (int j = 0; j < vectors; ++j)
+            ((vec *)(out + at - from))[j] = w[j] * unit_of(kind) * scale;
     }
     const int64_t left = (from + n < a->columns ? from + n : a->columns) - at;
     if (left > 0) {
@@ -323,10 +326,12 @@ static void gate_up(void *argument, int64_t chunk) {
     const int64_t rows = e->gate.rows, first = chunk * c->chunk_rows;
     const int64_t n = rows - first < c->chunk_rows ? rows - first : c->chunk_rows;
     float gate[MOST_ROWS * ROWS], up[MOST_ROWS * ROWS];
-    multiply(&e->gate, c->record, first, n, c->ready, c->m, gate, ROWS);
-    multiply(&e->up, c->record, first, n, c->ready, c->m, up, ROWS);
+    const int64_t apart = c->chunk_rows;
+    multiply(&e->gate, c->record, first, n, c->ready, c->m, gate, apart);
+    multiply(&e->up, c->record, first, n, c->ready, c->m, up, apart);
     for (int64_t i = 0; i < c->m; ++i)
-        swiglu(gate + i * ROWS, up + i * ROWS, e->limit, c->weights[i], n, c->u + i * rows + first);
+        swiglu(gate + i * apart, up + i * apart, e->limit, c->weights[i], n,
+               c->u + i * rows + first);
 }
 
 static void down(void *argument, int64_t chunk) {
@@ -337,8 +342,13 @@ static void down(void *argument, int64_t chunk) {
     multiply(a, c->record, first, n, c->ready, c->m, c->y + first, a->rows);
 }
 
-static void share_rows(const Call *c, Task task, int64_t rows) {
-    dsv4_share(task, (void *)c, (rows + c->chunk_rows - 1) / c->chunk_rows, c->threads);
+static void share_rows(Call *c, Task task, int64_t rows) {
+    c->chunk_rows = ROWS;
+    if (c->m <= FEW) { /* As many as leave every thread a few turns. */
+        const int64_t fair = rows / (16 * c->threads);
+        c->chunk_rows = fair < ROWS ? ROWS : fair < FEW_CHUNK ? fair : FEW_CHUNK;
+    }
+    dsv4_share(task, c, (rows + c->chunk_rows - 1) / c->chunk_rows, c->threads);
 }
 
 /* Numbers of scratch for m rows. */
@@ -355,7 +365,7 @@ void dsv4_expert(const Expert *expert, const uint8_t *record, const float *x, co
     for (int64_t at = 0; at < m; at += MOST_ROWS) {
         const int64_t rows = m - at < MOST_ROWS ? m - at : MOST_ROWS;
         Call c = {expert, record, x + at * width, weights + at, scratch + rows * wide, scratch,
-                  y + at * width, rows, ROWS, threads};
+                  y + at * width, rows, ROWS, threads > 1 ? threads : 1};
         dsv4_share(prepare_x, &c, rows, threads);
         share_rows(&c, gate_up, wide);
         dsv4_share(prepare_u, &c, rows, threads);

@@ -80,6 +80,10 @@ INLINE int64_t blocked(const Matrix *a, int kind) {
 /* Column of a block's weight at `place`, vector by vector. */
 INLINE int64_t column_of(int kind, int64_t place) {
     const int64_t vector = place / LANES, lane = place % LANES;
+#ifdef WIDE
+    /* Two groups of 32 columns, half a vector each; even and odd bytes go apart. */
+    if (kind == FP8) return lane / 8 * 32 + vector / 2 * 16 + lane % 8 * 2 + vector % 2;
+#endif
     if (!is_trellis(kind)) return lane * (BLOCK(kind) / LANES) + vector;
 #ifdef BYTE_SHUFFLES
     /* Vectors: first numbers of 64 pairs, then the second ones; with codes of 4 bits twice. */
@@ -221,6 +225,27 @@ INLINE vec whole_lanes(uvec code, int bits) {
 #endif
 }
 
+#if defined(WIDE)
+/* 64 codes as numbers 2^-8 of theirs: the bits of a float16 with the same fields, subnormals too. */
+INLINE void e4m3_vectors(const uint8_t *at, vec *w) {
+    const __m512i codes = _mm512_loadu_si512(at);
+    const __m512i mixed = _mm512_shuffle_i64x2(codes, codes, 0xd8);
+    const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(mixed, 8), 1);
+    const __m512i fields = _mm512_set1_epi16((short)0xbf80);
+    const __m512i half[2] = {_mm512_and_si512(even, fields),
+                             _mm512_and_si512(_mm512_srai_epi16(mixed, 1), fields)};
+    for (int i = 0; i < 2; ++i) {
+        w[i] = (vec)_mm512_cvtph_ps(_mm512_castsi512_si256(half[i]));
+        w[2 + i] = (vec)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half[i], 1));
+    }
+    const __m512i magnitude = _mm512_set1_epi8(127);
+    const __mmask64 odd_ones =
+        _mm512_cmpeq_epi8_mask(_mm512_and_si512(mixed, magnitude), magnitude);
+    if (__builtin_expect(odd_ones != 0, 0)) /* NaN, which float16 writes otherwise */
+        for (int i = 0; i < 64; ++i)
+            if (odd_ones >> i & 1) w[i / 32 * 2 + i % 2][i % 32 / 2] = bits_to_float(0x7fc00000u);
+}
+#else
 INLINE vec e4m3_lanes(uvec code) {
     const uvec magnitude = code & 127, small = (uvec)(magnitude < 8);
     /* Subnormals: as if there were a leading one, which is then taken off. */
@@ -228,6 +253,17 @@ INLINE vec e4m3_lanes(uvec code) {
     value -= (vec)(small & 0x3c800000u);
     const uvec nan = (uvec)(magnitude == 127) & 0x7fc00000u;
     return (vec)((uvec)value | (code & 128) << 24 | nan);
+}
+#endif
+
+/* What a weight of `unpack` is to be multiplied by before its scale. */
+INLINE float unit_of(int kind) {
+#if defined(WIDE)
+    return kind == FP8 ? 256.f : 1.f;
+#else
+    (void)kind;
+    return 1.f;
+#endif
 }
 
 /* Lane l gets at[l / lanes]; 16 numbers may be read. */
@@ -290,7 +326,7 @@ INLINE uvec three_bytes(const uint8_t *at) {
 #include "windows.h"
 #endif
 
-/* Block `b` of a row: weights w, each to be multiplied by its lane of the result. */
+/* Block `b` of a row: weights w, each to be multiplied by `unit_of` and its lane of the result. */
 INLINE vec unpack(const Matrix *a, const Row *r, int kind, int64_t b, vec *w) {
     const int vectors = (int)(BLOCK(kind) / LANES);
     if (is_trellis(kind)) {
@@ -311,12 +347,17 @@ INLINE vec unpack(const Matrix *a, const Row *r, int kind, int64_t b, vec *w) {
         for (int j = 0; j < vectors; ++j) w[j] = whole_lanes(codes >> kind * j, kind) - zero;
         return scale;
     }
-    const uvec codes = *(const uvec *)(r->codes + 64 * b);
     if (kind == FP4) {
+        const uvec codes = *(const uvec *)(r->codes + 64 * b);
         for (int j = 0; j < vectors; ++j) w[j] = e2m1_lanes(codes >> 4 * j);
         return spread(r->scale + 4 * b, 4);
     }
+#if defined(WIDE)
+    e4m3_vectors(r->codes + 64 * b, w);
+#else
+    const uvec codes = *(const uvec *)(r->codes + 64 * b);
     for (int j = 0; j < vectors; ++j) w[j] = e4m3_lanes(codes >> 8 * j & 255);
+#endif
     return a->group == 32 ? spread(r->scale + 2 * b, 8) : splat(r->scale[64 * b / a->group]);
 }
 

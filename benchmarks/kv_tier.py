@@ -4,6 +4,7 @@
     python benchmarks/kv_tier.py                     # 64k and 256k tokens, v4-small
     python benchmarks/kv_tier.py --shape v41-small
     python benchmarks/kv_tier.py --prompts           # a prompt's cache read back against the prompt
+    python benchmarks/kv_tier.py --prefill           # a prompt read into a cache of each place
 
 A pinned small model whose rows are as wide as the release's (head_dim 512, index keys of 128,
 index_topk 512), random weights, float32. The context is not read: a file of `Dsv4Cache.save` over
@@ -11,6 +12,8 @@ index_topk 512), random weights, float32. The context is not read: a file of `Ds
 Every tier is a process of its own and decodes the same tokens; all must give the same bits. "cold"
 drops the files from the page cache before every token. "MiB" is anonymous memory behind the last
 token less that before the cache was loaded. Linux only: it reads /proc.
+
+A prompt is read 4,096 tokens at a time, the later ones through entries of the earlier.
 
 The program fails if bits differ, if memory on disk does not fall by nine tenths of the entries'
 bytes, or if reading a prompt's cache back takes more than a tenth of reading the prompt.
@@ -196,6 +199,41 @@ def compare_prompts(shape: str, sizes: list[int], threads: int, folder: str) -> 
     return broken
 
 
+@torch.no_grad()
+def read_prompt(shape: str, tokens: int, tier: str, folder: str, threads: int) -> list[Any]:
+    """Read a prompt into a cache: seconds, MiB that it added, and the last logits' hash."""
+    from modeling_dsv4 import Dsv4Cache
+
+    model = make_model(shape, threads)
+    ids = drawn_ids(model, tokens, 4)
+    model(ids[:, :256], logits_to_keep=1)
+    before = memory_mib("self/status", "RssAnon")
+    cache = Dsv4Cache(model.config, offload={"resident": None, "host": "cpu"}.get(tier, folder))
+    start = time.perf_counter()
+    for part in ids.split(READ, dim=1):
+        logits = model(part, past_key_values=cache, logits_to_keep=1).logits
+    seconds = time.perf_counter() - start
+    digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+    return [seconds, memory_mib("self/status", "RssAnon") - before, digest]
+
+
+def compare_prefills(shape: str, sizes: list[int], threads: int, folder: str) -> list[str]:
+    table = Table(title=f"{shape}, {threads} threads: reading a prompt", box=box.SIMPLE)
+    for name in ("tokens", "entries", "s", "of resident", "MiB"):
+        table.add_column(name, justify="right")
+    broken = []
+    for tokens in sizes:
+        places = ("resident", "host", "disk")
+        runs = [in_own_process(read_prompt, shape, tokens, x, folder, threads) for x in places]
+        for place, (seconds, mib, digest) in zip(places, runs, strict=True):
+            ratio = f"{seconds / runs[0][0]:.3f}"
+            table.add_row(f"{tokens:,}", place, f"{seconds:.2f}", ratio, f"{mib:.0f}")
+            if digest != runs[0][2]:
+                broken.append(f"{place} at {tokens} tokens: other logits than resident")
+    Console(width=100).print(table)
+    return broken
+
+
 def compare_tiers(
     shape: str, sizes: list[int], count: int, threads: int, storage: str, folder: str
 ) -> list[str]:
@@ -235,14 +273,16 @@ def main(
     tokens: Annotated[int, typer.Option(help="Decoded.")] = 32,
     storage: Annotated[str, typer.Option(help="plain or packed.")] = "plain",
     only_prompts: Annotated[bool, typer.Option("--prompts", help="Caches of prompts.")] = False,
+    prefill: Annotated[bool, typer.Option(help="Prompts into caches of each place.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
     directory: Annotated[Path | None, typer.Option(help="On the disk that is meant.")] = None,
 ) -> None:
     """Measure decoding by where a cache's entries lie, or prompts' caches on disk."""
     with tempfile.TemporaryDirectory(dir=directory) as folder:
-        if only_prompts:
-            sizes = [size for size in (8192, 32768) if size <= most]
-            broken = compare_prompts(shape, sizes, threads, folder)
+        if only_prompts or prefill:
+            sizes = [size for size in (8192, 32768) if size <= most] or [most]
+            compare = compare_prefills if prefill else compare_prompts
+            broken = compare(shape, sizes, threads, folder)
         else:
             sizes = [size for size in (1 << 16, 1 << 18) if size <= most] or [most]
             broken = compare_tiers(shape, sizes, tokens, threads, storage, folder)

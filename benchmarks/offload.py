@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode with experts on disk: this package against accelerate's disk offload in transformers.
 
-Both sides have the same weights (made here, seeded; on the grid of FP4, so that both hold the same
-numbers), the same tokens and thus the same routing, each in a process of its own. Before every
-token the page cache of the files that hold experts is dropped, so that `read_bytes` of
-/proc/self/io is what really came from the disk.
+Accelerate has two ways. `from_pretrained(device_map=..)` maps the files: what computes on a CPU
+then touches the pages of the chosen experts alone, and what computes on a GPU copies whole
+parameters to it. `accelerate.disk_offload` reads a module's whole parameters before its forward,
+wherever that runs. All sides have the same weights (made here, seeded; on the grid of FP4, so that
+all hold the same numbers), the same tokens and thus the same routing, each in a process of its
+own. Before every token the page cache of the files that hold experts is dropped, so that
+`read_bytes` of /proc/self/io is what really came from the disk.
 
     python benchmarks/offload.py                     a table; about 300 MB of disk, minutes
     python benchmarks/offload.py --json result.json  the same as data too
-    python benchmarks/offload.py --hidden 4096 --layers 2 --tokens 4   V4-Flash's size, 15 GB
+    python benchmarks/offload.py --hidden 4096 --layers 2 --tokens 4   V4-Flash's size, 22 GB
 """
 
 import argparse
@@ -127,13 +130,27 @@ def load_native(directory: Path, _: int) -> tuple[Any, tuple[Path, ...]]:
     return model, tuple(p for d in (directory, offloaded) for p in d.rglob("*") if p.is_file())
 
 
+def load_copied(directory: Path, _: int) -> tuple[Any, tuple[Path, ...]]:
+    from accelerate import disk_offload
+    from transformers import DeepseekV4ForCausalLM
+
+    model = DeepseekV4ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    # Everything in memory but the routed experts, as on the other sides.
+    folder = directory.with_name("copied")
+    for i, layer in enumerate(model.model.layers):
+        disk_offload(layer.mlp.experts, folder / str(i), torch.device("cpu"))
+    return model, tuple(p for d in (directory, folder) for p in d.rglob("*") if p.is_file())
+
+
+LOADS = {"ours": load_ours, "native": load_native, "copied": load_copied}
+
+
 @torch.no_grad()
 def measure(side: str, directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Load one side, feed it a prompt and then token by token; counts of the tokens alone."""
     torch.set_num_threads(arguments.threads)
     start = time.perf_counter()
-    load = load_ours if side == "ours" else load_native
-    model, files = load(directory, arguments.budget)
+    model, files = LOADS[side](directory, arguments.budget)
     model.eval()
     loaded = time.perf_counter() - start
     # What loading wrote must be on the disk before it can be dropped from the cache.
@@ -196,8 +213,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         total, record = sum(p.nbytes for p in layers), layers[0].layout.of(0).nbytes
         arguments.budget = max(record, int(total * arguments.share))
         os.sync()
-        ours = run_side("ours", directory, arguments)
-        native = run_side("native", directory, arguments)
+        ours, native, copied = (run_side(side, directory, arguments) for side in LOADS)
     wanted = ours["misses_per_token"] * record
     agree = sum(a == b for a, b in zip(ours["choices"], native["choices"], strict=True))
     return {
@@ -209,6 +225,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens": arguments.tokens,
         "ours": ours,
         "native": native,
+        "copied": copied,
         "wanted_bytes_per_token": wanted,
         "ratio": ours["bytes_per_token"] / wanted,
         "same_choice": agree / arguments.tokens,
@@ -222,12 +239,15 @@ def show(result: dict[str, Any]) -> None:
 
     from quantize.sizes import format_size
 
-    ours, native = result["ours"], result["native"]
-    table = Table("decode, experts on disk, cold page cache", "dsv4", "accelerate", "factor")
+    ours = result["ours"]
+    heads = ("dsv4", "accelerate, mapped", "factor", "disk_offload", "factor")
+    table = Table("decode, experts on disk, cold page cache", *heads)
 
     def row(what: str, key: str, write: Any) -> None:
-        factor = f"{native[key] / max(ours[key], 1e-12):.3g}"
-        table.add_row(what, write(ours[key]), write(native[key]), factor)
+        cells = [write(ours[key])]
+        for other in (result["native"], result["copied"]):
+            cells += [write(other[key]), f"{other[key] / max(ours[key], 1e-12):.3g}"]
+        table.add_row(what, *cells)
 
     row("time per token", "seconds_per_token", lambda s: f"{1000 * s:.1f} ms")
     row("read per token (/proc/self/io)", "bytes_per_token", format_size)
@@ -261,7 +281,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--directory", default=None, help="where to put the weights; a real disk")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--side", choices=("ours", "native"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=tuple(LOADS), help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:

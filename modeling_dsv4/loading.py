@@ -69,7 +69,8 @@ class PretrainedLoading(_Base):
             cold_experts: where experts outside of it are computed: "device", "host" or "auto".
             expert_reads: "direct" past the system's page cache, so that `expert_memory` is all
                 that experts take; "cached" through it; "auto" is the first where not all fit.
-            prefetch: "next-layer" guesses what the next layer will read; "off" unless told.
+            prefetch: "same-layer" guesses what a layer will read while its attention runs,
+                "next-layer" while the layer before does; "off" unless told.
             engram_memory: likewise for the Engram tables.
             kwargs: `max_memory={0: "28GiB", "cpu": "96GiB"}` limits dense part and experts
                 together, by device. `output_loading_info=True` returns (model, report); tensors of

@@ -112,7 +112,8 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         expert_device_memory: how much of the experts may lie in each GPU's memory.
         cold_experts: where an expert outside of it is computed: "device", "host" or "auto".
         expert_reads: "direct" past the page cache, "cached" through it, "auto".
-        prefetch: "off", or "next-layer" to guess what the next layer will read.
+        prefetch: "off", or a guess of what a layer will read, see look_ahead.py: "same-layer"
+            while its attention runs, "next-layer" while the layer before does.
         max_memory: {"0": .., "cpu": ..}, limits for dense part and experts together.
         fields: what else the source's storage says; kept as it is.
     """
@@ -151,7 +152,7 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         self.expert_device_memory = None if given is None else parse_size(given)
         self.cold_experts = cold_experts
         self.expert_reads = one_of("expert_reads", expert_reads, ("auto", "direct", "cached"))
-        self.prefetch = one_of("prefetch", prefetch, ("off", "next-layer"))
+        self.prefetch = one_of("prefetch", prefetch, ("off", "next-layer", "same-layer"))
         self.max_memory = {k: parse_size(v) for k, v in (max_memory or {}).items()}
         # Directories of before there were any do not say so.
         self.engram_tables = dict(engram_tables or {})

@@ -26,7 +26,7 @@ from .pack import PackFile, PackLayout, PackWriter, RecordLayout, pack_file_name
 from .store import ExpertStore, ReadCounts
 
 # A guess for more tokens would be nearly all experts.
-_GUESSED_UP_TO = 8
+GUESSED_UP_TO = 8
 
 
 class StoredExperts(ExpertsBase):
@@ -123,16 +123,19 @@ class StoredExperts(ExpertsBase):
         if self.store is None:
             return
         self.store.announce(self._layer, self._ids(top_k_index))
-        if self.look_ahead is not None and len(hidden_states) <= _GUESSED_UP_TO:
+        if self.look_ahead is not None and len(hidden_states) <= GUESSED_UP_TO:
             self.look_ahead(hidden_states)
 
     def foresee(self, top_k_index: torch.Tensor, sure: bool = True) -> None:
-        if self.store is not None:
-            self.store.foresee(self._layer, self._ids(top_k_index), sure)
+        if self.store is None:
+            return
+        # The likeliest first, should there be room or time for some of them alone.
+        ids = None if sure else list(dict.fromkeys(top_k_index.t().flatten().tolist()))
+        self.store.foresee(self._layer, self._ids(top_k_index, ids), sure)
 
-    def _ids(self, top_k_index: torch.Tensor) -> list[int]:
+    def _ids(self, top_k_index: torch.Tensor, ids: list[int] | None = None) -> list[int]:
         # Ids from `num_experts` on are another process's; what is in a slot is not read.
-        ids = (e for e in top_k_index.unique().tolist() if e < self.num_experts)
+        ids = [e for e in ids or top_k_index.unique().tolist() if e < self.num_experts]
         return [e for e in ids if self.tier is None or not self.tier.holds(self._layer, e)]
 
     def prepare(self, experts: list[int]) -> None:

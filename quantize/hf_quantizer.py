@@ -7,7 +7,6 @@ read into memory if they fit into `expert_memory`, else left on disk behind one 
 Engram tables likewise, by `engram_memory` and one `RowStore`.
 """
 
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from modeling_dsv4.configuration_dsv4 import Dsv4Config
 from modeling_dsv4.engram import Engram
 from modeling_dsv4.hf_quantizer import ReleaseQuantizer, apply_release_storage
-from modeling_dsv4.moe import Dsv4Experts, Dsv4MoE
+from modeling_dsv4.moe import Dsv4Experts
 from modeling_dsv4.storage import PackedEmbedding
 from modeling_dsv4.weight_map import Inventory, our_inventory
 
@@ -28,6 +27,7 @@ from .config import METHOD, Dsv4QuantizationConfig, Recipe
 from .dense import packed_entries, split_tables, store_dense
 from .device_tier import DeviceTier, host_share
 from .experts import StoredExperts
+from .look_ahead import look_ahead
 from .memory import available_memory
 from .pack import PackFile, PackLayout, pack_file_name
 from .row_store import RowStore
@@ -79,8 +79,7 @@ class Dsv4Quantizer(ReleaseQuantizer):
             config.cold_experts,
             config.expert_reads,
         )
-        if config.prefetch == "next-layer":
-            look_ahead(model)
+        look_ahead(model, config.prefetch)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     @staticmethod
@@ -233,26 +232,6 @@ def left_of(model: nn.Module, device: str, limit: int) -> int:
     place = torch.device("cuda", int(device)) if device.isdigit() else torch.device(device)
     held = (*model.parameters(), *model.buffers())
     return max(0, limit - sum(tensor.nbytes for tensor in held if tensor.device == place))
-
-
-def look_ahead(model: nn.Module) -> None:
-    """Let each layer ask the next one's router what it might want, with what it was given itself.
-
-    A guess: the router that is asked sees the input of the layer before its own. It is right for
-    part of the experts only, costs reads where it is wrong, and is off unless asked for.
-    """
-    named = model.named_modules()
-    layers = [m for n, m in named if isinstance(m, Dsv4MoE) and not n.startswith("mtp.")]
-    for here, following in itertools.pairwise(layers):
-        experts: nn.Module = here.experts
-        if not isinstance(experts, StoredExperts) or following.gate.hashed:
-            continue
-
-        @torch.no_grad()
-        def guess(x: torch.Tensor, asked: Dsv4MoE = following) -> None:
-            asked.experts.foresee(asked.gate(x)[2], sure=False)
-
-        experts.look_ahead = guess
 
 
 def _device_budget(device: torch.device, given: int | Mapping[str, int] | None) -> int:

@@ -46,8 +46,12 @@ INLINE int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to 
 
 INLINE int64_t padded(const Matrix *a) { return round_up(a->columns, LANES); }
 
-/* Of rows in the order of unpack.h. Powers of two would put all rows in the same sets of a cache. */
-INLINE int64_t stride_of(const Matrix *a) { return padded(a) + LANES; }
+/* Of rows in the order of unpack.h, and of a grid's sums of blocks, lane by lane, behind each.
+ * Powers of two would put all rows in the same sets of a cache. */
+INLINE int64_t stride_of(const Matrix *a) {
+    const int64_t sums = is_grid(a->kind) ? padded(a) / BLOCK(a->kind) * LANES : 0;
+    return padded(a) + sums + LANES;
+}
 
 INLINE float total(vec v) {
 #if defined(WIDE)
@@ -89,6 +93,12 @@ INLINE void order(const Matrix *a, int kind, const float *row, float *ready) {
     for (int64_t start = 0; start < end; start += block)
         for (int64_t i = 0; i < block; ++i) ready[start + i] = row[start + column_of(kind, i)];
     for (int64_t c = end; c < padded(a); ++c) ready[c] = c < a->columns ? row[c] : 0;
+    if (!is_grid(kind)) return;
+    for (int64_t start = 0; start < end; start += block) {
+        vec sum = {0};
+        for (int64_t i = 0; i < block; i += LANES) sum += *(const vec *)(ready + start + i);
+        *(vec *)(ready + padded(a) + start / block * LANES) = sum;
+    }
 }
 
 /* Calls `do_it` with the kind of the matrix as a constant, so that it is compiled for each. */
@@ -143,14 +153,16 @@ INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t
     const int vectors = (int)(block / LANES);
     vec sum[4] = {0}, rest[4] = {0};
     for (int64_t b = 0; b < end / block; ++b) {
-        vec w[MOST_VECTORS];
+        vec w[MOST_VECTORS], zero;
         __builtin_prefetch(r.codes + b * block_bytes(kind) + AHEAD);
-        const vec scale = unpack(a, &r, kind, b, w);
+        const vec scale = unpack(a, &r, kind, b, w, &zero);
         for (int i = 0; i < m; ++i) {
             const vec *at = (const vec *)(x + i * stride + b * block);
             vec product = w[0] * at[0];
             for (int j = 1; j < vectors; ++j) product += w[j] * at[j];
             if (unit_of(kind) != 1) product *= unit_of(kind);
+            if (is_grid(kind)) /* Off the sum, not off every weight. */
+                product -= zero * *(const vec *)(x + i * stride + padded(a) + b * LANES);
             sum[i] += scale * product;
         }
     }
@@ -192,10 +204,12 @@ INLINE void unpack_panel(const Matrix *a, const Row *r, const int kind, int64_t 
     const int vectors = (int)(block / LANES);
     int64_t at = from;
     for (; at < end && at < from + n; at += block) {
-        vec w[MOST_VECTORS];
-        const vec scale = unpack(a, r, kind, at / block, w);
-        for (int j = 0; j < vectors; ++j)
+        vec w[MOST_VECTORS], zero;
+        const vec scale = unpack(a, r, kind, at / block, w, &zero);
+        for (int j = 0; j < vectors; ++j) {
+            if (is_grid(kind)) w[j] -= zero;
             ((vec *)(out + at - from))[j] = w[j] * unit_of(kind) * scale;
+        }
     }
     const int64_t left = (from + n < a->columns ? from + n : a->columns) - at;
     if (left > 0) {
@@ -354,8 +368,8 @@ static void share_rows(Call *c, Task task, int64_t rows) {
 /* Numbers of scratch for m rows. */
 int64_t dsv4_expert_scratch(const Expert *e, int64_t m) {
     const int64_t rows = m < MOST_ROWS ? m : MOST_ROWS;
-    const int64_t widest = e->gate.columns > e->down.columns ? e->gate.columns : e->down.columns;
-    return rows * (round_up(widest, LANES) + LANES + e->gate.rows);
+    const int64_t wide = stride_of(&e->gate), narrow = stride_of(&e->down);
+    return rows * ((wide > narrow ? wide : narrow) + e->gate.rows);
 }
 
 /* x [m, D] contiguous, weights [m], scratch of the size above -> y [m, D]; m at least 1. */

@@ -57,6 +57,8 @@ typedef struct {
 
 INLINE int is_trellis(int kind) { return kind >= TRELLIS; }
 
+INLINE int is_grid(int kind) { return kind == INT2 || kind == INT3 || kind == INT4; }
+
 /* Weights of a block. */
 INLINE int64_t BLOCK(int kind) {
     return kind == FP8 ? 64 : kind == INT2 || kind == T4 ? 256 : 128;
@@ -326,8 +328,9 @@ INLINE uvec three_bytes(const uint8_t *at) {
 #include "windows.h"
 #endif
 
-/* Block `b` of a row: weights w, each to be multiplied by `unit_of` and its lane of the result. */
-INLINE vec unpack(const Matrix *a, const Row *r, int kind, int64_t b, vec *w) {
+/* Block `b` of a row: weights w, each to be multiplied by `unit_of` and its lane of the result; of
+ * grids `zero` is to be taken off before. */
+INLINE vec unpack(const Matrix *a, const Row *r, int kind, int64_t b, vec *w, vec *zero) {
     const int vectors = (int)(BLOCK(kind) / LANES);
     if (is_trellis(kind)) {
 #ifdef BYTE_SHUFFLES
@@ -338,13 +341,12 @@ INLINE vec unpack(const Matrix *a, const Row *r, int kind, int64_t b, vec *w) {
         return splat(r->factor);
 #endif
     }
-    if (kind == INT2 || kind == INT3 || kind == INT4) {
-        vec zero;
-        const vec scale = grid_lanes(r, kind, b, &zero);
+    if (is_grid(kind)) {
+        const vec scale = grid_lanes(r, kind, b, zero);
         uvec codes;
         if (kind == INT3) codes = three_bytes(r->codes + 48 * b);
         else codes = *(const uvec *)(r->codes + 64 * b);
-        for (int j = 0; j < vectors; ++j) w[j] = whole_lanes(codes >> kind * j, kind) - zero;
+        for (int j = 0; j < vectors; ++j) w[j] = whole_lanes(codes >> kind * j, kind);
         return scale;
     }
     if (kind == FP4) {

@@ -57,6 +57,7 @@ def answer(model: Dsv4ForCausalLM) -> torch.Tensor:
     {"expert_reads": "direct"},
     {"expert_reads": "cached"},
     {"prefetch": "next-layer"},
+    {"prefetch": "same-layer"},
 ])  # fmt: skip
 def test_answers_do_not_depend_on_reads(
     converted: Path, records: int, options: dict[str, str]
@@ -160,7 +161,7 @@ def test_max_memory_limits_the_dense_part_and_experts_together(converted: Path) 
 
 
 @pytest.mark.parametrize(("option", "known"), [
-    ("expert_reads", "auto, direct, cached"), ("prefetch", "off, next-layer"),
+    ("expert_reads", "auto, direct, cached"), ("prefetch", "off, next-layer, same-layer"),
 ])  # fmt: skip
 def test_unknown_words_are_refused(converted: Path, option: str, known: str) -> None:
     with pytest.raises(ValueError, match=f"{option}: wanted one of {known}"):

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guesses of what routers will choose: when they are made, what they say, and what they change."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_dsv4 import Dsv4ForCausalLM
+from modeling_dsv4.blocks import Dsv4DecoderLayer
+from quantize.config import get_recipe
+from quantize.convert import convert
+from quantize.experts import StoredExperts
+from quantize.pack import PackFile
+from quantize.routing import record_routing
+from quantize.store import ExpertStore
+
+Heard = list[tuple[str, int, list[int]]]
+
+
+@pytest.fixture(scope="module", params=["v4_a_fp8", "v41_a_bf16"])
+def converted(
+    request: pytest.FixtureRequest, golden_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    target = tmp_path_factory.mktemp("guesses") / "converted"
+    return convert(golden_dir / request.param, target, get_recipe("fp4"))
+
+
+def load(directory: Path, prefetch: str) -> Dsv4ForCausalLM:
+    """Half of the experts may be resident."""
+    packs = [PackFile.open(p) for p in directory.glob("experts-layers-*.safetensors")]
+    budget = sum(pack.nbytes for pack in packs) // 2
+    model = Dsv4ForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, expert_memory=budget, prefetch=prefetch
+    ).eval()
+    config = model.config
+    if config.engram_layer_ids:
+        used = config.engram_compressed_vocab_size
+        model.set_engram_token_map(torch.arange(config.vocab_size) % used)
+    return model
+
+
+def layers_of(model: nn.Module) -> list[Dsv4DecoderLayer]:
+    named = model.named_modules()
+    return [m for n, m in named if isinstance(m, Dsv4DecoderLayer) and not n.startswith("mtp.")]
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
+    """What stores are told, in order: "announce", "foresee", "guess"."""
+    told: Heard = []
+    announce: Callable[..., None] = ExpertStore.announce
+    foresee: Callable[..., None] = ExpertStore.foresee
+
+    def hear_choice(self: ExpertStore, layer: int, experts: list[int]) -> None:
+        told.append(("announce", layer, list(experts)))
+        announce(self, layer, experts)
+
+    def hear_guess(self: ExpertStore, layer: int, experts: list[int], sure: bool = True) -> None:
+        told.append(("foresee" if sure else "guess", layer, list(experts)))
+        foresee(self, layer, experts, sure)
+
+    monkeypatch.setattr(ExpertStore, "announce", hear_choice)
+    monkeypatch.setattr(ExpertStore, "foresee", hear_guess)
+    return told
+
+
+def silence(module: nn.Module) -> None:
+    """Attention then adds nothing to the streams."""
+    module.register_forward_hook(lambda _, __, out: (torch.zeros_like(out[0]), *out[1:]))
+
+
+@torch.no_grad()
+def decode(model: Dsv4ForCausalLM, prompt: int = 12, tokens: int = 4) -> torch.Tensor:
+    ids = torch.arange(3, 3 + prompt + tokens)[None]
+    out = model(ids[:, :prompt], use_cache=True)
+    logits = []
+    for t in range(prompt, prompt + tokens):
+        out = model(ids[:, t : t + 1], past_key_values=out.past_key_values)
+        logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+def test_where_attention_adds_nothing_guesses_are_the_choice(converted: Path, heard: Heard) -> None:
+    model = load(converted, "same-layer")
+    hashed = {i for i, layer in enumerate(layers_of(model)) if layer.mlp.gate.hashed}
+    for layer in layers_of(model):
+        silence(layer.self_attn)
+    decode(model)
+    guesses = [(at, e) for what, at, e in heard if what == "guess"]
+    layers = range(model.config.num_hidden_layers)
+    assert [at for at, _ in guesses] == [i for i in layers if i not in hashed] * 4
+    last: dict[int, list[int]] = {}
+    for what, at, experts in heard:
+        if what == "guess":
+            last[at] = experts
+        elif what == "announce" and at in last:
+            assert sorted(last[at]) == experts
+
+
+def test_the_likeliest_guess_comes_first(converted: Path, heard: Heard) -> None:
+    model = load(converted, "same-layer")
+    layer = layers_of(model)[-1]
+    silence(layer.self_attn)
+    chosen: list[list[int]] = []
+    layer.mlp.gate.register_forward_hook(lambda _, __, out: chosen.append(out[2][0].tolist()))
+    decode(model, tokens=1)
+    guess = [e for what, at, e in heard if what == "guess" and at == layer.layer_idx]
+    assert guess == chosen[-1:]
+
+
+def test_many_tokens_are_not_guessed_for(converted: Path, heard: Heard) -> None:
+    for way in ("same-layer", "next-layer"):
+        model = load(converted, way)
+        heard.clear()
+        with torch.no_grad():
+            model(torch.arange(3, 12)[None])
+        assert "guess" not in {what for what, _, _ in heard}
+        with torch.no_grad():
+            model(torch.arange(3, 11)[None])
+        assert "guess" in {what for what, _, _ in heard}
+
+
+@pytest.mark.parametrize("way", ["same-layer", "next-layer"])
+def test_guesses_change_no_bit_and_nobody_hears_them_as_choices(
+    converted: Path, heard: Heard, way: str
+) -> None:
+    plain, guessing = load(converted, "off"), load(converted, way)
+    with record_routing(plain) as wanted:
+        answer = decode(plain)
+    assert "guess" not in {what for what, _, _ in heard}
+    with record_routing(guessing) as found:
+        assert torch.equal(decode(guessing), answer)
+    assert "guess" in {what for what, _, _ in heard}
+    assert torch.equal(found.trace().choices, wanted.trace().choices)
+
+
+def test_a_copy_asks_its_own_layers(converted: Path, heard: Heard) -> None:
+    model = load(converted, "same-layer")
+    other = copy.deepcopy(model)
+    asked: list[Any] = []
+    for one in (model, other):
+        last = layers_of(one)[-1]
+        last.ffn_hc.forward = lambda *a, one=one, old=last.ffn_hc.forward: (
+            asked.append(one), old(*a),
+        )[1]  # fmt: skip
+    decode(other, tokens=1)
+    assert asked
+    assert all(one is other for one in asked)
+
+
+def test_a_model_whose_experts_are_all_resident_does_not_guess(converted: Path) -> None:
+    model = Dsv4ForCausalLM.from_pretrained(converted, prefetch="same-layer")
+    modules = [m for n, m in model.named_modules() if isinstance(m, StoredExperts)]
+    assert any(m.store is None for m in modules)
+    assert not any(layer.attn_hc._forward_hooks for layer in layers_of(model))

@@ -105,6 +105,5 @@ def backward_loss(
 def _kernels(head: object) -> str:
     """What `set_kernels` said of a head, whatever stands around it."""
     modules = head.modules() if isinstance(head, nn.Module) else ()
-    return next(
-        (m.kernels for m in modules if isinstance(getattr(m, "kernels", None), str)), "auto"
-    )
+    choices = (getattr(module, "kernels", None) for module in modules)
+    return next((choice for choice in choices if isinstance(choice, str)), "auto")

@@ -54,7 +54,7 @@ class LoraLinear(PeftLinear):
             return not any(self.lora_bias.values())
         return (
             type(base) is nn.Linear
-            and base.bias is None
+            and getattr(base, "bias", None) is None
             and base.weight.dtype is x.dtype
             and not any(self.lora_bias.values())
             # Somebody else takes part in its call: one who brings the weight, for example.

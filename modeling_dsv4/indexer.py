@@ -20,9 +20,10 @@ from torch import nn
 
 from . import ops
 from .cache import LayerCache
-from .cache_storage import CachedRows
+from .cache_storage import CachedRows, PackedRows
 from .compressor import Compressor
 from .configuration_dsv4 import Dsv4Config
+from .formats import FP4
 from .kernel_choice import use_triton
 from .layers import RMSNorm
 from .rotary import rotate, rotation
@@ -127,10 +128,11 @@ class Indexer(nn.Module):
         k = min(self.config.index_topk, entries)
         if entries == k and not narrows and before.candidates is None:
             return Selection(None)
-        if isinstance(keys, torch.Tensor) and use_triton(self.kernels, keys):
+        rows = _rows_for_kernels(keys)
+        if rows is not None and use_triton(self.kernels, rows):
             keep = self.config.candidate_topk_blocks if narrows else 0
             asks = (hidden_states, q_latent, turn)
-            return self._choose_by_kernel(asks, keys, windows, k, before.candidates, keep)
+            return self._choose_by_kernel(asks, rows, windows, k, before.candidates, keep)
         width = entries if before.candidates is None else self._entries_inside(before.candidates)
         spans = [_step_span(entries)] if segments.step else _spans(windows, b, width)
         ids, blocks = [], []
@@ -291,6 +293,16 @@ def _spans(windows: Windows, batch: int, width: int) -> list[Span]:
             parts, torch.stack(borders).tolist(), strict=True
         )
     ]
+
+
+def _rows_for_kernels(keys: CachedRows) -> torch.Tensor | None:
+    """Keys as kernels read them, numbers or a release's packed rows; None where they cannot."""
+    if isinstance(keys, torch.Tensor):
+        return keys
+    j, codec = keys.codec.channels, keys.codec
+    here = type(keys) is PackedRows and keys.dtype is not torch.float64
+    known = codec.coded is FP4 and not codec.plain and j >= 32 and j & (j - 1) == 0
+    return keys.data if here and known else None
 
 
 def _step_span(entries: int) -> Span:

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from .attention import dot_dtype, precision
+from .unpack import E2M1_FACTOR, E4M3_FACTOR, e2m1, e4m3, e8m0
 
 # Values of a row that one program can hold, and scores that exist at once (256 MiB).
 _ROW, _MOST_ROW = 16384, 65536
@@ -39,24 +40,26 @@ _VARYING = ["S", "T", "width", "count_stride"]
 
 
 @triton.jit
-def _load_keys(keys, row, inside, J: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr):
-    """Index keys [N, J]; packed ones are J / 2 bytes of E2M1 codes, then E8M0 scales per 32."""
+def _load_keys(
+    keys, row, inside, J: tl.constexpr, ROW: tl.constexpr, BITS: tl.constexpr, DOT: tl.constexpr
+):
+    """Index keys [N, J] of rows of ROW numbers, or of bytes: codes of BITS, then E8M0 per 32."""
     N: tl.constexpr = row.shape[0]
-    if PACKED:
-        at = keys + row.to(tl.int64)[:, None] * (J // 2 + J // 32)
-        byte = tl.load(at + tl.arange(0, J // 2)[None, :], mask=inside[:, None], other=0)
-        code = tl.join(byte & 15, byte >> 4).to(tl.int32)
-        half, exponent = code & 1, (code >> 1) & 3
-        # In halves: 0 and 1 are subnormal, the others (2 + half) * 2^(exponent - 1).
-        size = tl.where(exponent == 0, half, (2 + half) << (tl.maximum(exponent, 1) - 1))
-        value = tl.where(code >= 8, -0.5, 0.5) * size.to(tl.float32)
-        value = tl.reshape(value, [N, J // 32, 32])
-        scale = tl.load(at + J // 2 + tl.arange(0, J // 32)[None, :], mask=inside[:, None], other=0)
-        factor = tl.exp2(scale.to(tl.float32) - 127.0)
-        return tl.reshape(value * factor[:, :, None], [N, J]).to(DOT)
+    at = keys + row.to(tl.int64)[:, None] * ROW
+    if BITS == 0:
+        value = tl.load(at + tl.arange(0, J)[None, :], mask=inside[:, None], other=0.0).to(DOT)
     else:
-        at = row.to(tl.int64)[:, None] * J + tl.arange(0, J)[None, :]
-        return tl.load(keys + at, mask=inside[:, None], other=0.0).to(DOT)
+        CODES: tl.constexpr = J * BITS // 8
+        byte = tl.load(at + tl.arange(0, CODES)[None, :], mask=inside[:, None], other=0)
+        if BITS == 4:
+            number = e2m1(tl.join(byte & 15, byte >> 4)) * E2M1_FACTOR
+        else:
+            number = e4m3(byte) * E4M3_FACTOR
+        scale = at + CODES + tl.arange(0, J // 32)[None, :]
+        factor = e8m0(tl.load(scale, mask=inside[:, None], other=0))
+        number = tl.reshape(number, [N, J // 32, 32]) * factor[:, :, None]
+        value = tl.reshape(number, [N, J]).to(DOT)
+    return value
 
 
 @triton.jit
@@ -74,8 +77,9 @@ def _scores(k, query, weight, I, J: tl.constexpr, BLOCK_I: tl.constexpr, DOT: tl
 @triton.jit(do_not_specialize=_VARYING)
 def score_tile(
     query, keys, weight, first, own, scores, S, T, I, width,
-    J: tl.constexpr, PACKED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_I: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    J: tl.constexpr, ROW: tl.constexpr, BITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of BLOCK_T entries for BLOCK_S queries of one row of the batch."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -87,8 +91,7 @@ def score_tile(
     ends = firsts + tl.load(own + b * S + s, mask=s < S, other=0)
     lowest, highest = tl.min(firsts, 0), tl.max(tl.where(s < S, ends, 0), 0)
     if (tl.program_id(0) + 1) * BLOCK_T > lowest and tl.program_id(0) * BLOCK_T < highest:
-        stride: tl.constexpr = J // 2 + J // 32 if PACKED else J
-        k = _load_keys(keys + b * T * stride, t, t < T, J, PACKED, DOT)
+        k = _load_keys(keys + b * T * ROW, t, t < T, J, ROW, BITS, DOT)
         for row in tl.range(start, stop, num_stages=STAGES):
             at = b * S + row
             score = _scores(k, query + at * I * J, weight + at * I, I, J, BLOCK_I, DOT, PRECISION)
@@ -100,8 +103,8 @@ def score_tile(
 @triton.jit(do_not_specialize=_VARYING)
 def score_chosen(
     query, keys, weight, first, own, starts, scores, S, T, I, width,
-    J: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_I: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    J: tl.constexpr, ROW: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of one query for BLOCK_T places of its groups of entries; -inf where none is."""
     at = tl.program_id(0).to(tl.int64)
@@ -110,8 +113,8 @@ def score_chosen(
     entry = group + place % GROUP
     low = tl.load(first + at)
     seen = (group >= 0) & (entry >= low) & (entry < low + tl.load(own + at))
-    stride: tl.constexpr = J // 2 + J // 32 if PACKED else J
-    k = _load_keys(keys + at // S * T * stride, tl.where(seen, entry, 0), seen, J, PACKED, DOT)
+    batch = keys + at // S * T * ROW
+    k = _load_keys(batch, tl.where(seen, entry, 0), seen, J, ROW, BITS, DOT)
     score = _scores(k, query + at * I * J, weight + at * I, I, J, BLOCK_I, DOT, PRECISION)
     score = tl.where(seen, score, float("-inf"))
     tl.store(scores + at * width + place, score, mask=place < width)
@@ -211,7 +214,8 @@ def choose(
 
     Args:
         query: [B, S, I, J].
-        keys: [B, T, J], or packed [B, T, J / 2 + J / 32] uint8: E2M1 codes, then E8M0 scales.
+        keys: [B, T, J], or packed uint8: J / 2 bytes of E2M1 or J of E4M3 codes, then J / 32 of
+            E8M0 scales, and what fills a row up to a word.
         weight: [B, S, I] float32, already scaled.
         first: [B, S]: the first entry that a query sees.
         own: [B, S]: how many it sees from there.
@@ -355,15 +359,24 @@ def _maxima(
     return maxima, (count + group - 1) // group
 
 
+def key_bits(keys: torch.Tensor, channels: int) -> int:
+    """Bits of a code of packed keys [..., bytes]: 4 or 8; 0 for numbers, and for other rows."""
+    if keys.dtype is not torch.uint8:
+        return 0
+    over = {bits: keys.shape[-1] - channels * bits // 8 - channels // 32 for bits in (4, 8)}
+    return next((bits for bits, filled in over.items() if 0 <= filled < 4), 0)
+
+
 def _padded(query: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Channels up to a power of two, at least 16; packed keys have one already."""
     j = query.shape[-1]
     pad = (0, max(16, triton.next_power_of_2(j)) - j)
     if keys.dtype is torch.uint8:
-        if pad[1] or j < 32 or keys.shape[-1] != j // 2 + j // 32:
+        if pad[1] or j < 32 or not key_bits(keys, j):
             raise ValueError(
-                f"packed index keys: wanted rows of {j // 2 + j // 32} bytes for {j} channels, a "
-                f"power of two from 32, got {keys.shape[-1]} bytes; unpack them first"
+                f"packed index keys: wanted rows of {j // 2 + j // 32} or {j + j // 32} bytes for "
+                f"{j} channels, a power of two from 32, and up to 3 behind, got "
+                f"{keys.shape[-1]} bytes; unpack them first"
             )
         return query.contiguous(), keys.contiguous()
     if pad[1]:
@@ -384,7 +397,7 @@ def _score(
     block_s, block_t = (32, 128) if query.is_cuda else (4, 16)
     score_tile[(triton.cdiv(t, block_t), triton.cdiv(s, block_s), b)](
         query, keys, weight, first, own, scores, s, t, i, scores.shape[2], J=j,
-        PACKED=keys.dtype is torch.uint8, BLOCK_S=block_s, BLOCK_T=block_t,
+        ROW=keys.shape[2], BITS=key_bits(keys, j), BLOCK_S=block_s, BLOCK_T=block_t,
         BLOCK_I=max(16, triton.next_power_of_2(i)), STAGES=2, DOT=dot_dtype(query),
         PRECISION=precision(), num_warps=4,
     )  # fmt: skip
@@ -405,7 +418,7 @@ def _score_chosen(
     block_t = 128 if query.is_cuda else 16
     score_chosen[(b * s, triton.cdiv(width, block_t))](
         query, keys, weight, first, own, candidates, scores, s, keys.shape[1], i, width, J=j,
-        PACKED=keys.dtype is torch.uint8, GROUP=group, BLOCK_T=block_t,
+        ROW=keys.shape[2], BITS=key_bits(keys, j), GROUP=group, BLOCK_T=block_t,
         BLOCK_I=max(16, triton.next_power_of_2(i)), DOT=dot_dtype(query),
         PRECISION=precision(), num_warps=4,
     )  # fmt: skip

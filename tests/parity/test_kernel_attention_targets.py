@@ -35,7 +35,7 @@ FLOATS = "scale soft".split()
 
 def build(kernel, capability, tile, **constants):
     constants |= dict(DOT=tl.bfloat16, PRECISION="ieee", C=512, PLAIN=448, ROTARY=64, J=128)
-    constants |= dict(BY_ID=True, ENTRIES=True, PACKED=False, BLOCK_I=64)
+    constants |= dict(BY_ID=True, ENTRIES=True, ROW=128, BITS=0, BLOCK_I=64)
     if tile is not None:
         constants |= dict(BLOCK_H=tile.heads, BLOCK_N=tile.keys, STAGES=tile.stages)
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}

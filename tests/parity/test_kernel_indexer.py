@@ -5,11 +5,15 @@ On a CPU Triton's interpreter runs it, at sizes that show every mask; on a GPU (
 the model's, in float32 and bfloat16.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
-from modeling_dsv4 import ops
-from modeling_dsv4.formats import pack_fp4, unpack_fp4
+from modeling_dsv4 import Dsv4Cache, ops
+from modeling_dsv4.formats import FP4, FP8_ROWS32, WeightFormat
+from modeling_dsv4.indexer import Indexer
 
 kernel = pytest.importorskip("modeling_dsv4.kernels.indexer")
 
@@ -89,21 +93,49 @@ def test_scores_agree(device: str, which: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_packed_keys_score_as_unpacked_ones(device: str) -> None:
+@pytest.mark.parametrize("fmt", [FP4, FP8_ROWS32], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fill", [0, 3])
+def test_packed_keys_score_as_unpacked_ones(fmt: WeightFormat, fill: int, device: str) -> None:
     b, s, t, i, j = (1, 40, 3000, 64, 128) if device == "cuda" else (1, 3, 19, 5, 64)
     query, keys, weight = _inputs((b, s, t, i, j), device)
     size = torch.logspace(-6, 6, t, device=device)
-    keys = keys * size[:, None]
-    codes, scale = pack_fp4(keys)
-    packed = torch.cat((codes.view(torch.uint8), scale.view(torch.uint8)), -1)
-    assert packed.shape[-1] == j // 2 + j // 32
-    expected = ops.index_scores(query, unpack_fp4(codes, scale, torch.float32), weight)
+    parts = fmt.pack(keys[0] * size[:, None])
+    packed = torch.cat([part.view(torch.uint8) for part in parts.values()], -1)[None]
+    assert packed.shape[-1] == j * fmt.bits // 8 + j // 32
+    packed = torch.nn.functional.pad(packed, (0, fill), value=0xFF)
+    expected = ops.index_scores(query, fmt.unpack(parts, torch.float32)[None], weight)
     found = kernel.index_scores(query, packed, weight)
     # Heads cancel: what a sum's last digits are worth is told by its terms, not by the sum.
     near = 1e-6 * (expected / size).abs().max().item()
     torch.testing.assert_close(found / size, expected / size, atol=near, rtol=0)
-    with pytest.raises(ValueError, match="bytes"):
-        kernel.index_scores(query, packed[..., 1:], weight)
+    for other in (packed[..., 1 + fill :], torch.nn.functional.pad(packed, (0, 4))):
+        with pytest.raises(ValueError, match="bytes"):
+            kernel.index_scores(query, other, weight)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["v4", "v41"])
+def test_a_packed_cache_is_read_as_it_lies(
+    tiny: Callable[..., Any], kind: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rows of 17 bytes in words of four.
+    model = tiny(kind, index_head_dim=32).to(device)
+    ids, seen, choose = torch.randint(3, 64, (1, 41), device=device), [], kernel.choose
+    monkeypatch.setattr(
+        kernel, "choose", lambda q, k, *a, **n: (seen.append(k.dtype), choose(q, k, *a, **n))[1]
+    )
+    found = []
+    for kernels in ("torch", "triton"):
+        model.set_kernels("torch")
+        cache = Dsv4Cache(model.config, storage="packed")
+        with torch.no_grad():
+            model(ids[:, :40], past_key_values=cache)
+            for module in model.modules():
+                if isinstance(module, Indexer):
+                    module.kernels = kernels
+            found.append(model(ids[:, 40:], past_key_values=cache).logits)
+        assert set(seen) == (set() if kernels == "torch" else {torch.uint8})
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,7 +11,7 @@ Which path computes it:
 | experts | path |
 |---|---|
 | plain, packed, on disk | `expert_pass.py`: one operation, its gradient written out |
-| with Triton kernels | the kernels' products, low ranks added by autograd |
+| with Triton kernels | the products of the kernels and of `kernels/low_rank.py`, by autograd |
 | of another kind, or plain and trained themselves | one by one, by autograd |
 """
 

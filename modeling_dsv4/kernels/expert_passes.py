@@ -82,10 +82,13 @@ def number_type(x: torch.Tensor) -> dict[str, Any]:
     return {"DTYPE": tl.bfloat16 if half else tl.float32}
 
 
-def tile_for(tile: dict[str, int], x: torch.Tensor) -> dict[str, int]:
-    """The tile of a matrix product, with as many stages as a GPU of 99 KiB a block has room for."""
-    wide = x.dtype is torch.float32 and "num_stages" in tile
-    return {**tile, "num_stages": 1} if wide else tile
+def tile_for(tile: dict[str, int], x: torch.Tensor, summed: str = "BLOCK_K") -> dict[str, int]:
+    """The tile of a matrix product that sums over an axis of it, for activations like x.
+
+    In float32 a tile takes twice the shared memory, of which some GPUs have 99 KiB, and products
+    are written out multiplication by multiplication: 16 at a time are enough of both.
+    """
+    return {**tile, summed: 16} if x.dtype is torch.float32 and x.is_cuda else tile
 
 
 def in_autocast(x: torch.Tensor) -> torch.Tensor:

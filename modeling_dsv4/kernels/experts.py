@@ -89,7 +89,7 @@ class Weight(NamedTuple):
 
     def blocks(self, way: str, plan: Plan, x: torch.Tensor, run: int = 0) -> dict[str, Any]:
         """What a kernel is compiled for, "forward" or "backward" over runs of so many rows."""
-        tile = tile_for(GEMM_TILES[way], x)
+        tile = tile_for(GEMM_TILES[way], x, "BLOCK_K" if way == "forward" else "BLOCK_N")
         even = self.width % tile["BLOCK_K"] == 0 and run % tile["BLOCK_N"] == 0
         return {"BLOCK_M": plan.rows, "EVEN": even, **tile, **self.fixed, **_numbers(x)}
 

@@ -104,7 +104,8 @@ class Weight(NamedTuple):
 
     def blocks(self, way: str, plan: Plan, x: torch.Tensor, run: int = 0) -> dict[str, Any]:
         """What a kernel is compiled for, "forward" or "backward" over a run of so many rows."""
-        tile = tile_for(GEMM_TILES[f"{self.kind} {way}"], x)
+        summed = "BLOCK_K" if way == "forward" else "BLOCK_N"
+        tile = tile_for(GEMM_TILES[f"{self.kind} {way}"], x, summed)
         even = self.codes % tile["BLOCK_K"] == 0 and run % tile["BLOCK_N"] == 0
         return {"BLOCK_M": plan.rows, "EVEN": even, **tile, **self.fixed, **number_type(x)}
 

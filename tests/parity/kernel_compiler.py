@@ -51,14 +51,25 @@ def measure(kernel: Any, fixed: dict[str, Any], target: int, types: dict[str, st
     }
 
 
+class OnGpu:
+    """As much of float32 activations on a GPU as the choice of a tile looks at."""
+
+    is_cuda = True
+
+    @property
+    def dtype(self) -> Any:
+        import torch
+
+        return torch.float32
+
+
 def float32_of(tile: dict[str, int], **more: Any) -> dict[str, Any]:
-    """What a kernel is compiled for where activations are float32, beside its format."""
-    import torch
+    """What a forward kernel is compiled for where activations are float32, beside its format."""
     import triton.language as tl
 
     from modeling_dsv4.kernels.expert_passes import tile_for
 
-    return {"DTYPE": tl.float32, **tile_for(tile, torch.empty(0)), **more}
+    return {"DTYPE": tl.float32, **tile_for(tile, OnGpu()), **more}
 
 
 def float32_types() -> dict[str, str]:

@@ -80,6 +80,17 @@ def test_a_peer_that_fails_says_so_in_its_row() -> None:
     assert peer_us(fail, [OnGpu()]) == "failed: no such kernel"
 
 
+def test_rows_beside_the_layers_are_measured(tmp_path: Path) -> None:
+    module = importlib.import_module("kernel_rows")
+    module.main(tiny=True, output=tmp_path / "found.json")
+    rows = rows_of(tmp_path / "found.json")
+    assert [row["op"].split(",")[0] for row in rows.values()] == [
+        "low ranks", "cross-entropy and its gradient", "Engram addresses",
+        "Engram rows from host memory",
+    ]  # fmt: skip
+    assert all(row["us"] > 0 and row["torch_us"] > 0 for row in rows.values())
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_prefill_says_where_transformers_has_no_v4(
     native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -39,7 +39,7 @@ def measure(kernel: Any, fixed: dict[str, Any], target: int, types: dict[str, st
             signature[name], constants[(i,)] = "constexpr", fixed[name]
         else:
             signature[name] = known.get(name, "i32")
-            if name != "limit":
+            if signature[name] != "fp32":
                 aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)

@@ -120,6 +120,23 @@ def _streams() -> None:
     norm_rotate(x[None], torch.zeros(1, 2, 1, 4, 2), 1e-6, "triton")
 
 
+def _beside() -> None:
+    from finetune import low_rank
+    from finetune.chunked_loss import cross_entropy
+    from finetune.expert_rows import Share
+    from modeling_dsv4.kernels import engram_hash
+
+    x, bank = torch.zeros(4, 16), torch.zeros(2, 4, 16)
+    share = Share(slice(None), slice(0, 4), None, [3, 1])
+    low = low_rank.narrow(x, bank, share, 1.0, kernels="triton")
+    low_rank.widen(x, low, bank, share, kernels="triton")
+    low_rank.fill(bank, low, x, share, kernels="triton")
+    cross_entropy(x, torch.zeros(4, dtype=torch.int64), torch.ones(()), "triton")
+    ids = torch.zeros(1, 5, dtype=torch.int64)
+    constants = torch.ones(1, 2).long(), torch.ones(1, 1, 3).long(), torch.ones(1, 1, 3).long()
+    engram_hash.ngram_rows(ids, ids[:, 1:], ids[0, 0], constants, -1)
+
+
 CASES: dict[str, tuple[Callable[[], None], int]] = {
     "packed experts, few tokens": (lambda: _experts(_packed, 2), 2),
     "packed experts, many tokens": (lambda: _experts(_packed, 17), 2),
@@ -134,6 +151,7 @@ CASES: dict[str, tuple[Callable[[], None], int]] = {
     "indexer": (lambda: _index(False), 5),
     "indexer inside candidates": (lambda: _index(True), 3),
     "streams": (_streams, 10),
+    "low ranks, the loss, Engram's addresses": (_beside, 5),
 }
 
 

@@ -11,9 +11,10 @@ takes a routing weight. Kernels of the hub are in `kernel_training.py`, inside t
 model.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -33,9 +34,17 @@ class Case(NamedTuple):
     shape: str
     ours: Callable[[str], torch.Tensor]
     leaves: list[torch.Tensor]
-    peer: Callable[[], torch.Tensor] | None
+    peer: Callable[[], torch.Tensor]
     peer_leaves: list[torch.Tensor]
     bytes: float
+
+
+def liger() -> Any:
+    """Liger's functions, or None where it is not installed."""
+    try:
+        return importlib.import_module("liger_kernel.transformers.functional")
+    except ImportError:
+        return None
 
 
 def leaf(*shape: int, device: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -60,21 +69,13 @@ def mhc_case(n: int, d: int, device: str) -> Case:
 
     phi = fn.detach().T.contiguous().to(streams.dtype).requires_grad_()
     scales = [torch.ones((), device=device, requires_grad=True) for _ in range(3)]
-    peer = None
-    try:
-        from liger_kernel.transformers.functional import (
-            liger_mhc_coeffs,
-            liger_mhc_post_res,
-            liger_mhc_pre,
-        )
-    except ImportError:
-        pass
-    else:
 
-        def peer() -> torch.Tensor:
-            pre, post, comb = liger_mhc_coeffs(streams, phi, base, *scales, tmax=ITERS, pre_eps=EPS)
-            x = liger_mhc_pre(streams, pre)
-            return liger_mhc_post_res(streams, x, post, comb)
+    def peer() -> torch.Tensor:
+        public = liger()
+        pre, post, comb = public.liger_mhc_coeffs(
+            streams, phi, base, *scales, tmax=ITERS, pre_eps=EPS
+        )
+        return public.liger_mhc_post_res(streams, public.liger_mhc_pre(streams, pre), post, comb)
 
     # Per token: open 8 N D + 4 D with its own pre, expand 10 N D + 6 D.
     moved = float(n) * (18 * N + 10) * d
@@ -85,32 +86,17 @@ def mhc_case(n: int, d: int, device: str) -> Case:
 def norm_case(n: int, d: int, device: str) -> Case:
     """RMSNorm with a weight."""
     x, weight = leaf(n, d, device=device), leaf(d, device=device)
-    peer = None
-    try:
-        from liger_kernel.transformers.functional import liger_rms_norm
-    except ImportError:
-        pass
-    else:
-
-        def peer() -> torch.Tensor:
-            return liger_rms_norm(x, weight, EPS)
-
     return Case("RMSNorm", f"{n} x {d}", lambda kernels: ops.rms_norm(x, weight, EPS, kernels),
-                [x, weight], peer, [x, weight], 10.0 * n * d)  # fmt: skip
+                [x, weight], lambda: liger().liger_rms_norm(x, weight, EPS), [x, weight],
+                10.0 * n * d)  # fmt: skip
 
 
 def swiglu_case(n: int, f: int, device: str) -> Case:
     """SwiGLU of rows [n, 2F]."""
     x = leaf(n, 2 * f, device=device)
-    peer = None
-    try:
-        from liger_kernel.transformers.functional import liger_swiglu
-    except ImportError:
-        pass
-    else:
 
-        def peer() -> torch.Tensor:
-            return liger_swiglu(*(half.contiguous() for half in x.chunk(2, -1)))
+    def peer() -> torch.Tensor:
+        return liger().liger_swiglu(*(half.contiguous() for half in x.chunk(2, -1)))
 
     return Case("SwiGLU", f"{n} x {f}", lambda kernels: ops.swiglu(x, 10.0, None, kernels),
                 [x], peer, [x], 16.0 * n * f)  # fmt: skip
@@ -123,7 +109,9 @@ def both_ways_us(run: Callable[[], torch.Tensor], leaves: Tensors) -> float:
 
 
 def peer_us(run: Callable[[], torch.Tensor], leaves: Tensors) -> float | str:
-    """The same of a peer's, or why there is no time: what is not ours may fail."""
+    """The same of Liger's, or why there is no time: what is not ours may fail."""
+    if liger() is None:
+        return MISSING
     if not leaves[0].is_cuda:
         return "not run: needs a GPU"
     try:
@@ -137,9 +125,7 @@ def measure(case: Case, limits: Limits, kernels: str) -> Row:
     us, reference = (
         both_ways_us(lambda k=mode: case.ours(k), case.leaves) for mode in (kernels, "torch")
     )
-    peer: float | str = MISSING
-    if case.peer is not None:
-        peer = peer_us(case.peer, case.peer_leaves)
+    peer = peer_us(case.peer, case.peer_leaves)
     return Row(f"{case.op}, both ways", case.shape, case.bytes, 0.0, limits.floor_us(case.bytes),
                us, reference, others={"Liger": peer})  # fmt: skip
 

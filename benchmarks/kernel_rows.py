@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from gpu_limits import Limits, Row, bench_device, table, time_us, wall_us, write
-from kernel_peers import MISSING, peer_us
+from kernel_peers import liger, peer_us
 from native_models import shape_config
 
 from finetune import low_rank
@@ -89,15 +89,9 @@ def loss_row(limits: Limits, device: str, s: Sizes) -> Row:
     labels = torch.randint(0, s.vocabulary, (s.rows,), device=device)
     divisor = torch.tensor(float(s.rows), device=device)
     us, by_torch = both(lambda mode: cross_entropy(logits, labels, divisor, mode))
-    peer: float | str = MISSING
-    try:
-        from liger_kernel.transformers.functional import liger_cross_entropy
-    except ImportError:
-        pass
-    else:
-        leaf = logits.clone().requires_grad_()
-        # Its backward only scales what its forward pass has made.
-        peer = peer_us(lambda: liger_cross_entropy(leaf, labels), [leaf])
+    leaf = logits.clone().requires_grad_()
+    # Its backward only scales what its forward pass has made.
+    peer = peer_us(lambda: liger().liger_cross_entropy(leaf, labels), [leaf])
     moved = 2.0 * logits.nbytes
     return Row("cross-entropy and its gradient", f"{s.rows} x {s.vocabulary}", moved, 0.0,
                limits.floor_us(moved), us, by_torch, others={"Liger": peer})  # fmt: skip

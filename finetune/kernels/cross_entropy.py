@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from modeling_dsv4.kernels.launching import on_device_of
+
 
 @triton.jit
 def cross_entropy_kernel(
@@ -59,7 +61,7 @@ def cross_entropy(
     m, V = logits.shape
     losses = logits.new_empty(m, dtype=torch.float32)
     if m:
-        with torch.cuda.device_of(logits):
+        with on_device_of(logits):
             cross_entropy_kernel[(m,)](
                 logits, labels.contiguous(), divisor, losses, V, logits.stride(0),
                 IGNORED=ignored, BLOCK=min(4096, triton.next_power_of_2(V)), num_warps=8,

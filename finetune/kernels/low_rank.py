@@ -29,6 +29,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from modeling_dsv4.kernels.attention import precision
+from modeling_dsv4.kernels.launching import on_device_of
 
 # Columns that a program walks at a time, or writes; ranks likewise.
 COLUMNS, MOST_RANKS = 64, 64
@@ -172,7 +173,7 @@ def narrow(
     if not low.numel():
         return low
     block = _ranks(rank)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         narrow_kernel[(len(plan.tiles), triton.cdiv(rank, block))](
             x, plan.tiles if places is None else places, plan.tiles, bank, low,
             wide, rank, scale, x.stride(0), *bank.stride(),
@@ -204,7 +205,7 @@ def widen(
     assert y.stride(-1) == 1, "rows are written where they stand"
     if not len(low) or not wide:
         return
-    with torch.cuda.device_of(y):
+    with on_device_of(y):
         widen_kernel[(len(plan.tiles), triton.cdiv(wide, COLUMNS))](
             low.contiguous(), plan.tiles if places is None else places, plan.tiles, bank, y,
             wide, rank, y.stride(0), *bank.stride(),
@@ -233,7 +234,7 @@ def outer(
     if not out.numel():
         return
     block, x = _ranks(rank), _in_rows(x)
-    with torch.cuda.device_of(out):
+    with on_device_of(out):
         outer_kernel[(n, triton.cdiv(wide, COLUMNS), triton.cdiv(rank, block))](
             low.contiguous(), x, plan.ends if places is None else places, plan.ends, out,
             wide, rank, x.stride(0), *out.stride(),

@@ -33,6 +33,7 @@ import triton.language as tl
 
 from ..ops import fp32
 from ..rotary import rotate
+from .launching import on_device_of
 
 _LOG2_E = 1.4426950408889634
 _VARYING = ["S", "X", "T", "past", "tokens", "splits"]
@@ -307,7 +308,7 @@ def attend(
     if entries is not None and (entries.shape[1] == 0 or _numel(reads.ids) == 0):
         entries = None
     sizes = _Sizes.of(q, keys, entries, reads, c, tile, splits)
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         out = _Attend.apply(q, keys, entries, sinks, real, scale, reads, sizes)
     return out[..., :c]
 

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from .launching import on_device_of
+
 SLICES = 64
 
 
@@ -155,7 +157,7 @@ class EngramAdd(torch.autograd.Function):
         gate, out = streams.new_empty(n, N, dtype=torch.float32), torch.empty_like(streams)
         bd = triton.next_power_of_2(D)
         ctx.flags = {"N": N, "LIVE": live is not None}
-        with torch.cuda.device_of(streams):
+        with on_device_of(streams):
             engram_kernel[(n * N,)](
                 streams, key, value, q_weight, k_weight, streams if live is None else live,
                 gate, out, D, eps, **ctx.flags, BD=bd,
@@ -175,7 +177,7 @@ class EngramAdd(torch.autograd.Function):
         grads = [torch.empty_like(x) for x in (streams, key, value)]
         slope = streams.new_empty(n, N, dtype=torch.float32)
         dq = dk = None
-        with torch.cuda.device_of(streams):
+        with on_device_of(streams):
             engram_backward_kernel[(n,)](
                 streams, key, value, q_weight, k_weight, streams if live is None else live,
                 dgate.contiguous(), grad.contiguous(), *grads, slope, D, ctx.eps, **ctx.flags,

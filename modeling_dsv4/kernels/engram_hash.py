@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import on_device_of
+
 TOKENS = 128
 
 
@@ -72,7 +74,7 @@ def ngram_rows(
     (layers, n), heads, (b, s) = multipliers.shape, primes.shape[2], local.shape
     rows = history.new_empty(layers, b, s, (n - 1) * heads)
     if rows.numel():
-        with torch.cuda.device_of(history):
+        with on_device_of(history):
             engram_rows_kernel[(triton.cdiv(b * s, TOKENS), layers)](
                 history.contiguous(), local.contiguous(), pad, multipliers, primes, offsets, rows,
                 b * s, s, N=n, HEADS=heads, DEAD=dead, BLOCK_T=TOKENS,

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from .launching import on_device_of
+
 
 class Tiles(NamedTuple):
     """Channels and warps of a forward program; warps of a backward program."""
@@ -104,7 +106,7 @@ class Expand(torch.autograd.Function):
         out = torch.empty_like(streams)
         most, warps = tiles.forward
         bd = min(most, triton.next_power_of_2(D))
-        with torch.cuda.device_of(streams):
+        with on_device_of(streams):
             expand_kernel[(n * triton.cdiv(D, bd),)](
                 u, streams, post, comb, out, D, N=N, BD=bd, num_warps=warps
             )
@@ -118,7 +120,7 @@ class Expand(torch.autograd.Function):
         u, streams, post, comb = ctx.saved_tensors
         n, N, D = streams.shape
         grads = [torch.empty_like(x) for x in (u, streams, post, comb)]
-        with torch.cuda.device_of(streams):
+        with on_device_of(streams):
             expand_backward_kernel[(n,)](
                 u, streams, post, comb, grad.contiguous(), *grads, D,
                 N=N, LANES=32 * ctx.warps, WIDE=16 // streams.element_size(), num_warps=ctx.warps,

@@ -24,6 +24,7 @@ import triton.language as tl
 from ..moe import Linear, StackedWeight
 from . import expert_gemm
 from .expert_plan import DECODE_ROWS, Part, Plan, make_plan
+from .launching import on_device_of
 
 
 class Opened(Protocol):
@@ -192,7 +193,7 @@ class Family(NamedTuple):
         x, index, routing = in_autocast(x), index.contiguous(), routing.float().contiguous()
         learns = torch.is_grad_enabled() and (x.requires_grad or routing.requires_grad)
         first, second = self.open(gate_up, down)
-        with torch.cuda.device_of(x):
+        with on_device_of(x):
             if len(x) <= DECODE_ROWS and not learns:
                 y = first.decode(x, routing, index, second, limit)
                 return y.view(*index.shape, second.rows).sum(1)
@@ -221,7 +222,7 @@ class Family(NamedTuple):
             y: [n * K, D] float32, written at the pairs.
         """
         x, (first, second) = in_autocast(x), self.open(gate_up, down)
-        with torch.cuda.device_of(x):
+        with on_device_of(x):
             if len(x) <= DECODE_ROWS:
                 places = torch.tensor(part.places).repeat_interleave(torch.tensor(part.counts))
                 index = places[:, None].to(x.device, non_blocking=True)
@@ -249,7 +250,7 @@ class Family(NamedTuple):
 
 def _product(weight: Opened, plan: Plan) -> Linear:
     def multiply(x: torch.Tensor) -> torch.Tensor:
-        with torch.cuda.device_of(x):
+        with on_device_of(x):
             return _Grouped.apply(in_autocast(x), plan, weight)
 
     return multiply

@@ -23,6 +23,7 @@ from ..moe import StackedWeight
 from . import expert_gemm, expert_gemv
 from .expert_passes import Family, clamp_limit, in_autocast, number_type, tile_for
 from .expert_plan import DECODE_ROWS, Plan
+from .launching import on_device_of
 from .unpack import FP4, FP8, PLAIN
 
 # Rows and 16-code groups of a matrix-vector tile.
@@ -239,7 +240,7 @@ def linear(x: torch.Tensor, parts: dict[str, torch.Tensor], fmt: WeightFormat) -
     """
     weight = _open(StackedWeight({k: p[None] for k, p in parts.items()}, fmt))
     x = in_autocast(x)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         many = x.dim() == 2 and len(x) > 2
         return _linear_gemm(x, weight) if many else _linear_gemv(x, weight)
 

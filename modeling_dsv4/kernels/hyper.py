@@ -40,6 +40,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from .launching import on_device_of
 from .sinkhorn import sinkhorn_backward, sinkhorn_forward
 
 
@@ -394,7 +395,7 @@ class OpenSite(torch.autograd.Function):
         pre, post, comb, mixes, norm = (
             fn.new_empty(n, *shape) for shape in ((N,), (N,), (N, N), (rows,), ())
         )
-        with torch.cuda.device_of(streams):
+        with on_device_of(streams):
             partial = _project(streams, handed, fn, y, tiles)
             bt, bd, warps = tiles.finish
             blocks = triton.cdiv(D, bd) if handed is None else 1
@@ -420,7 +421,7 @@ class OpenSite(torch.autograd.Function):
         dstreams = torch.empty_like(streams)
         wants_fn = ctx.needs_input_grad[2]
         dfn = fn.new_empty(tiles.spread_split if wants_fn else 1, *fn.shape)
-        with torch.cuda.device_of(streams):
+        with on_device_of(streams):
             wide = 16 // streams.element_size()
             if ctx.own:
                 dots_kernel[(n,)](

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from .attention import dot_dtype, precision
+from .launching import on_device_of
 from .unpack import E2M1_FACTOR, E4M3_FACTOR, e2m1, e4m3, e8m0
 
 # Values of a row that one program can hold, and scores that exist at once (256 MiB).
@@ -193,7 +194,7 @@ def index_scores(
     first = torch.zeros(b, s, dtype=torch.int32, device=query.device)
     scores = torch.empty(b, s, t, dtype=torch.float32, device=query.device)
     if scores.numel():
-        with torch.cuda.device_of(query):
+        with on_device_of(query):
             _score(*_padded(query, keys), weight.contiguous(), first, first + t, scores)
     return scores
 
@@ -243,7 +244,7 @@ def choose(
             some = None if candidates is None else candidates[:, part].to(torch.int32).contiguous()
             asks = (query[:, part].contiguous(), keys, weight[:, part].contiguous())
             sees = (first[:, part].contiguous(), own[:, part].contiguous())
-            with torch.cuda.device_of(query):
+            with on_device_of(query):
                 ids[:, part], found = _choose_block(asks, sees, width, k, some, group, keep)
             if found is not None:
                 blocks[:, part] = found

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from .launching import on_device_of
+
 # Two a core of the largest GPUs, all that run at once; more would only add parts to sum.
 PROGRAMS = 264
 
@@ -69,7 +71,7 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         y = torch.empty_like(x)
-        with torch.cuda.device_of(x):
+        with on_device_of(x):
             norm_kernel[(x.shape[0],)](x, weight, y, x.shape[1], eps, **_launch(x))
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
@@ -82,7 +84,7 @@ class Norm(torch.autograd.Function):
         dx = torch.empty_like(x)
         programs = min(x.shape[0], PROGRAMS)
         dw = x.new_empty(programs, x.shape[1], dtype=torch.float32)
-        with torch.cuda.device_of(x):
+        with on_device_of(x):
             norm_backward_kernel[(programs,)](
                 x, weight, grad.contiguous(), dx, dw, *x.shape, ctx.eps, **_launch(x)
             )

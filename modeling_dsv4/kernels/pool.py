@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from .launching import on_device_of
+
 
 @triton.jit
 def _slots(slots, bias, m, first, start, c, C: tl.constexpr, SLOTS: tl.constexpr,
@@ -124,7 +126,7 @@ class Pool(torch.autograd.Function):
         }
         ctx.grid = (m, triton.cdiv(c, ctx.sizes["BC"]))
         out = slots.new_empty(m, c)
-        with torch.cuda.device_of(slots):
+        with on_device_of(slots):
             pool_kernel[ctx.grid](
                 slots, slots if bias is None else bias, slots if overlap is None else overlap,
                 out, **ctx.sizes,
@@ -137,7 +139,7 @@ class Pool(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         slots, bias, overlap = ctx.saved_tensors
         dslots = torch.empty_like(slots)
-        with torch.cuda.device_of(slots):
+        with on_device_of(slots):
             pool_backward_kernel[ctx.grid](
                 slots, slots if bias is None else bias, slots if overlap is None else overlap,
                 grad.contiguous(), dslots, **ctx.sizes,

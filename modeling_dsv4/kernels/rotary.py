@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from .launching import on_device_of
+
 
 @triton.jit
 def _turned(x, other, turn, row, c, per, inside, sign, C: tl.constexpr, R: tl.constexpr):
@@ -93,7 +95,7 @@ class Rotate(torch.autograd.Function):
     ) -> torch.Tensor:
         out = torch.empty_like(x)
         grid, sizes = _launch(x, turn)
-        with torch.cuda.device_of(x):
+        with on_device_of(x):
             rotate_kernel[grid](
                 x, turn, out, x.shape[0], per, sign, eps or 0.0, NORM=eps is not None, **sizes
             )
@@ -108,7 +110,7 @@ class Rotate(torch.autograd.Function):
         grad = grad.contiguous()
         dx = torch.empty_like(grad)
         grid, sizes = _launch(grad, turn)
-        with torch.cuda.device_of(grad):
+        with on_device_of(grad):
             if ctx.eps is None:
                 rotate_kernel[grid](
                     grad, turn, dx, grad.shape[0], ctx.per, -ctx.sign, 0.0, NORM=False, **sizes

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from .launching import on_device_of
+
 
 @triton.jit
 def swiglu_kernel(x, weight, out, F, limit, WEIGHTED: tl.constexpr, BF: tl.constexpr):
@@ -68,7 +70,7 @@ class Swiglu(torch.autograd.Function):
         m, f = x.shape[0], x.shape[1] // 2
         out = x.new_empty(m, f)
         bf = min(1024, triton.next_power_of_2(f))
-        with torch.cuda.device_of(x):
+        with on_device_of(x):
             swiglu_kernel[(m * triton.cdiv(f, bf),)](
                 x, x if weight is None else weight, out, f, limit,
                 WEIGHTED=weight is not None, BF=bf,
@@ -83,7 +85,7 @@ class Swiglu(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = torch.empty_like(x)
         dweight = None if weight is None else torch.empty_like(weight)
-        with torch.cuda.device_of(x):
+        with on_device_of(x):
             swiglu_backward_kernel[(x.shape[0],)](
                 x, x if weight is None else weight, grad.contiguous(), dx,
                 x if dweight is None else dweight, x.shape[1] // 2, ctx.limit,

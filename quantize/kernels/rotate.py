@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from modeling_dsv4.kernels.launching import on_device_of
+
 from ..trellis import rotations
 
 
@@ -49,7 +51,7 @@ def rotate(
     x, y = x.contiguous(), x.new_empty(x.shape, dtype=dtype)
     if not x.numel():
         return y
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         rotate_rows[(x.shape[:-1].numel(),)](
             x, across, y, x.shape[-1], len(across), pieces_in, pieces_out,
             BLOCK_A=triton.next_power_of_2(len(across)), B=len(inside),

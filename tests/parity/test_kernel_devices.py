@@ -161,3 +161,14 @@ def test_every_launch_is_on_the_device_of_its_tensors(name: str, launches: list[
     run, count = CASES[name]
     run()
     assert launches == [True] * count
+
+
+def test_a_compiler_traces_a_launch_whole() -> None:
+    from modeling_dsv4.kernels.launching import on_device_of
+
+    def launch(x: torch.Tensor) -> torch.Tensor:
+        with on_device_of(x):
+            return x + 1
+
+    made = torch.compile(launch, fullgraph=True, backend="eager")
+    assert torch.equal(made(torch.ones(2)), torch.full((2,), 2.0))

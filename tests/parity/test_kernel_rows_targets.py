@@ -20,8 +20,8 @@ LOSS = {"logits": "*fp32", "labels": "*i64", "divisor": "*fp32", "losses": "*fp3
 ADDRESSES = dict.fromkeys(
     ("history", "local", "pad", "multipliers", "primes", "offsets", "rows"), "*i64"
 )
-# The others are those of the same memory and the same products.
-TARGETS = (80, 90, 120)
+# The oldest, and the least memory on the newest: float32 products have no units of their own.
+TARGETS = (80, 120)
 
 
 def cases() -> Iterator[Case]:

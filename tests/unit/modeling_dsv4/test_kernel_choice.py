@@ -78,16 +78,22 @@ def test_the_mode_reaches_every_module_that_dispatches(tiny: Callable[..., Any],
 WITHOUT = """
 import sys
 sys.modules["triton"] = sys.modules["modeling_dsv4.kernels"] = None
+sys.modules["quantize.kernels"] = sys.modules["finetune.kernels"] = None
 from modeling_dsv4 import Dsv4ForCausalLM, Dsv4Config
 import torch
 config = Dsv4Config(**{fields})
 model = Dsv4ForCausalLM(config)
+from finetune import attach_adapters
+from modeling_dsv4.storage import PackedExperts
+mlp = model.model.layers[0].mlp
+mlp.experts = PackedExperts.from_plain(mlp.experts)
+model = attach_adapters(model, "all", r=2)
 model(input_ids=torch.arange(3, 9)[None]).logits.sum().backward()
 print("ran")
 """
 
 
-def test_a_model_runs_with_neither_triton_nor_kernels(tiny_config: Callable[..., Any]) -> None:
+def test_adapters_learn_with_neither_triton_nor_kernels(tiny_config: Callable[..., Any]) -> None:
     config = tiny_config("window").to_diff_dict()
     config.pop("transformers_version", None)
     code = WITHOUT.replace("{fields}", repr(config))

@@ -11,7 +11,8 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
 from finetune.layers import LoraGroupedLinear, LoraLinear, LoraPackedLinear
-from modeling_dsv4.storage import Fp8GroupedLinear, Fp8Linear, GroupedLinear
+from modeling_dsv4 import tiled_products
+from modeling_dsv4.storage import Fp8GroupedLinear, Fp8Linear, GroupedLinear, _Fp8Blocks
 
 G, IN, OUT = 3, 64, 96
 Make = Callable[..., Any]
@@ -158,6 +159,29 @@ def test_several_adapters_are_rounded_once(make: Make, packed: bool) -> None:
     differing = (layer(x) != (_apply(base, x) + added).bfloat16()).float().mean()
     # The sums' own order may move a number across the middle between two, rarely.
     assert float(differing) < 0.01
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@torch.no_grad()
+def test_each_tile_takes_its_own_part_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled_products, "_TILE_BYTES", {"cpu": 1})
+    layer = make(True)
+    x = _rows(layer)
+    expected = _apply(_whole(layer, "default"), x)
+    torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@torch.no_grad()
+def test_what_a_kernel_has_multiplied_is_added_to(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = make(True)
+    x = _rows(layer)
+    product = _apply(_whole(layer), x).float()
+    monkeypatch.setattr(_Fp8Blocks, "_by_kernel", lambda *_: product)
+    expected = _apply(_whole(layer, "default"), x)
+    torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

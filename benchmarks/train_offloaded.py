@@ -155,6 +155,14 @@ def in_a_process(directory: Path, **options: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def run(console: Console, name: str, directory: Path, **options: Any) -> list[Step]:
+    """Steps of one process, told as soon as they are known: it takes minutes."""
+    steps = [Step(**found) for found in in_a_process(directory, **options)]
+    told = [f"{s.micro_batches}: {s.seconds:.1f} s, {s.peak / 2**30:.2f} GiB" for s in steps]
+    console.print(f"{name}, micro-batches: {'; '.join(told)}")
+    return steps
+
+
 def show(rows: list[tuple[str, Step, float]], rate: float, memory: int) -> bool:
     """Print steps against their limits; whether all keep them."""
     from quantize.sizes import format_size
@@ -220,15 +228,16 @@ def compare(
     total = provide(made, layers, experts)
     os.sync()
     packs = sorted(made.glob("experts-*.safetensors"))
-    resident = in_a_process(made, **options, order="layer-major", budget=total)
-    seconds = {step["micro_batches"]: step["seconds"] for step in resident}
+    alike = {**options, "order": "layer-major"}
+    resident = run(console, "all experts in memory", made, **alike, budget=total)
+    seconds = {step.micro_batches: step.seconds for step in resident}
     rates = [measure_disk(packs).rate]
-    steps = in_a_process(made, **options, order="layer-major", budget=budget)
+    steps = run(console, "layer-major", made, **alike, budget=budget)
     rates.append(measure_disk(packs).rate)
-    peer = in_a_process(made, threads=threads, tokens=tokens, counts=min(2, int(counts[-1])),
-                        order="ordinary", budget=budget)  # fmt: skip
-    rows = [("layer-major", Step(**s), seconds[s["micro_batches"]]) for s in steps]
-    rows += [("ordinary", Step(**s), 0.0) for s in peer]
+    few = {**options, "counts": min(2, int(counts[-1])), "order": "ordinary"}
+    peer = run(console, "ordinary", made, **few, budget=budget)
+    rows = [("layer-major", step, seconds[step.micro_batches]) for step in steps]
+    rows += [("ordinary", step, 0.0) for step in peer]
     rate = sum(rates) / len(rates)
     fine = show(rows, rate, memory)
     console.print(

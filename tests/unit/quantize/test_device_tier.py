@@ -52,13 +52,17 @@ def make(tmp_path: Path) -> Iterator[Callable[..., list[StoredExperts]]]:
     stores = []
 
     def build(
-        slots: int, records: int = 4, share: float = 0.0, formats: dict[int, Formats] | None = None
+        slots: int,
+        records: int = 4,
+        share: float = 0.0,
+        formats: dict[int, Formats] | None = None,
+        device: str = "cpu",
     ) -> list[StoredExperts]:
         packs = [write_pack(tmp_path, layer, formats or {}) for layer in range(LAYERS)]
         largest = packs[0].layout.largest
         store = ExpertStore(packs, records * largest)
         stores.append(store)
-        tier = DeviceTier(store, "cpu", slots * largest, share) if slots else None
+        tier = DeviceTier(store, device, slots * largest, share) if slots else None
         modules = []
         for layer, pack in enumerate(packs):
             module = StoredExperts(pack.name, E, D, F, 10.0, pack.layout)
@@ -81,10 +85,12 @@ def batch(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 @torch.no_grad()
-def outputs(modules: list[StoredExperts], tokens: list[int]) -> list[torch.Tensor]:
+def outputs(
+    modules: list[StoredExperts], tokens: list[int], device: str = "cpu"
+) -> list[torch.Tensor]:
     """Passes of several lengths through both layers, one after the other."""
     return [
-        module(*batch(n, 10 * i + layer))
+        module(*(x.to(device) for x in batch(n, 10 * i + layer)))
         for i, n in enumerate(tokens)
         for layer, module in enumerate(modules)
     ]
@@ -102,6 +108,23 @@ def test_every_size_gives_the_same_bits(
     got = outputs(make(slots, records), LENGTHS)
     for wanted, found in zip(whole, got, strict=True):
         assert torch.equal(wanted, found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("slots", [2, 5])
+def test_slots_of_a_gpu_give_the_same_bits_while_records_are_copied(
+    make: Callable[..., list[StoredExperts]], slots: int, kernels: str
+) -> None:
+    # Again and again: a copy that overtook a product, or was overtaken, would show in some pass.
+    found = []
+    for held in (E * LAYERS, slots):
+        modules = make(held, held, device="cuda")
+        for module in modules:
+            module.kernels = kernels
+        found.append(outputs(modules, 4 * LENGTHS, "cuda"))
+    for wanted, got in zip(*found, strict=True):
+        assert torch.equal(wanted, got)
 
 
 def test_the_tier_computes_what_the_experts_alone_do(

@@ -96,11 +96,9 @@ def measure(kind: str, shape: str, sizes: tuple[int, ...], device: str) -> dict[
     return found
 
 
-def rows_of(
-    found: dict[str, dict[int, Run | str]], shape: str, limits: Limits, device: str
-) -> list[Row]:
+def rows_of(found: dict[str, dict[int, Run | str]], shape: str, limits: Limits) -> list[Row]:
     """The same as times against the floor of the multiplications."""
-    model = build("auto", shape, device)
+    model = build("auto", shape, "meta")
     rows = []
     for tokens, run in found["auto"].items():
         if isinstance(run, str):
@@ -134,7 +132,7 @@ def main(
     sizes = TINY_SIZES if tiny else QUICK_SIZES if quick else SIZES
     limits = Limits.measure(tiny)
     found = {kind: measure(kind, shape, sizes, device) for kind in KINDS}
-    rows = rows_of(found, shape, limits, device)
+    rows = rows_of(found, shape, limits)
     floors = {row.shape: row.floor_us for row in rows}
     shown = Table(
         "model", "tokens", "tokens/s", "GiB", "floor", box=box.SIMPLE,

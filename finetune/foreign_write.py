@@ -1,5 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our adapters, for other tools: `export_adapter`, in any of the layouts of `layouts.py`."""
+"""Our adapters, for other tools: `export_adapter`, in any of the layouts of `layouts.py`.
+
+vLLM's DeepSeek V4 and V4.1 (read in its source, September 2026; `lora/lora_model.py`,
+`lora/lora_weights.py`, `models/deepseek_v4*/nvidia/model.py`, since vllm-project/vllm#53361):
+
+- takes `base_model.model.` off a tensor's name, puts `model.` before `layers.`, and refuses what
+  is then no module of its own; these bear the release's names, not transformers';
+- reads routed experts one by one as `experts.17.w1`, and wants all of a layer, of one rank each;
+- scales everything by the config's `lora_alpha / r`, and knows no patterns;
+- has room for `--max-lora-rank`, which must be at least the config's `r`.
+
+A grouped projection (`wo_a`) is one map of all groups' ranks there. Its kernel passes adapters over
+until vllm-project/vllm#57245, open at that time.
+"""
 
 import re
 from collections import defaultdict
@@ -29,6 +42,8 @@ from .layouts import (
 )
 from .tuner import IDENTITY_KEY
 
+_PREFIX = "base_model.model."
+
 
 @dataclass
 class _Out:
@@ -38,7 +53,7 @@ class _Out:
     parameters: list[str] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
 
-    def add(self, module: str, pair: Pair, prefix: str = "base_model.model.") -> None:
+    def add(self, module: str, pair: Pair, prefix: str = _PREFIX) -> None:
         for side, tensor in (("A", pair.a), ("B", pair.b)):
             # Gate and up share an A, which a file may not.
             own = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -103,27 +118,31 @@ def _write(pairs: Pairs, layout: Layout, experts: int) -> _Out:
         if expert is not None:
             by_layer[expert[0]][expert[1]][expert[2]] = pair
         if expert is None or layout in ("official", "hf", "vllm"):
-            module = official_name(name) if layout == "official" else _with_model(name)
-            out.add(module, pair, "" if layout == "official" else "base_model.model.")
+            out.add(_named(name, layout), pair, "" if layout == "official" else _PREFIX)
     for name, chosen in by_layer.items():
         if layout == "vllm":
-            _fill(out, name, chosen, experts)
+            _fill(out, name, chosen, experts, layout)
         elif layout in ("peft", "peft-0.18"):
             _fuse_layer(out, _with_model(name), chosen, experts, layout == "peft-0.18")
     return out
+
+
+def _named(name: str, layout: Layout) -> str:
+    """A module as the layout's readers call it."""
+    return official_name(name) if layout in ("official", "vllm") else _with_model(name)
 
 
 def _with_model(name: str) -> str:
     return f"model.{name}" if name.startswith("layers.") else name
 
 
-def _fill(out: _Out, name: str, chosen: Mapping[int, Pairs], experts: int) -> None:
+def _fill(out: _Out, name: str, chosen: Mapping[int, Pairs], experts: int, layout: Layout) -> None:
     """Zeros for the experts without an adapter, in the shapes of one that has one."""
     like = next(iter(chosen.values()))
     for number in set(range(experts)) - set(chosen):
         for part, pair in like.items():
             empty = Pair(torch.zeros_like(pair.a), torch.zeros_like(pair.b), 1.0)
-            out.add(f"{_with_model(name)}.{number}.{part}", empty)
+            out.add(_named(f"{name}.{number}.{part}", layout), empty)
 
 
 def _fuse_layer(

@@ -8,7 +8,7 @@ The common form is a pair per linear map, experts one by one: `layers.3.self_att
 |---|---|
 | `official` | `layers.3.ffn.experts.17.w1.lora_A.weight` [r, D]: the release's names |
 | `hf` | `model.layers.3.mlp.experts.17.gate_proj.lora_A.weight` [r, D] |
-| `vllm` | the same, and every expert is there, with zeros where there is no adapter |
+| `vllm` | `base_model.model.` + the release's names; zeros for experts without an adapter |
 | `peft` | `model.layers.3.mlp.experts.base_layer.lora_A.weight` [E r, D]: `target_parameters` |
 | `peft-0.18` | the same with inputs and outputs exchanged, as PEFT before 0.19 wrote it |
 | `dsv4` | ours: banks [E, r, D] |

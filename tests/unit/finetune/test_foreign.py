@@ -205,18 +205,75 @@ def test_every_expert_is_there_for_vllm_and_only_the_chosen_for_others(
 ) -> None:
     tuned = attach_adapters(make_model(), "hot-experts", r=4, experts=SOME)
     stir(tuned)
+    named = {"vllm": "layers.1.ffn.experts.0.w1", "hf": "model.layers.1.mlp.experts.0.gate_proj"}
     for layout, count in (("vllm", 3 * 8), ("hf", 6)):
         folder = export_adapter(tuned, tmp_path / layout, layout)
         tensors = load_file(folder / FILE)
         assert len(tensors) == count * 3 * 2
-        prefix = "base_model.model.model.layers.1.mlp.experts.0.gate_proj"
-        assert tensors[f"{prefix}.lora_A.weight"].shape == (2, 64)
+        assert tensors[f"base_model.model.{named[layout]}.lora_A.weight"].shape == (2, 64)
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["lora_alpha"] == config["r"] == 2
         assert config["rank_pattern"] == {}
     assert not load_file(tmp_path / "vllm" / FILE)[
-        "base_model.model.model.layers.1.mlp.experts.3.up_proj.lora_A.weight"
+        "base_model.model.layers.1.ffn.experts.3.w3.lora_A.weight"
     ].any()
+
+
+def _vllm_reads(folder: Path, experts: int) -> dict[str, torch.Tensor]:
+    """B A of every module by vLLM's name, read by its rules; ValueError where it refuses."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    leaves = {"wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w3", "down_proj"}
+    known = {f"experts.{e}.w{i}" for e in range(experts) for i in (1, 2, 3)}
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(folder / FILE).items():
+        name, side, _ = key.removeprefix("base_model.model.").rsplit(".", 2)
+        name = f"model.{name}" if name.startswith("layers.") else name
+        name = name.replace(".shared_experts.w2", ".shared_experts.down_proj")
+        at = name.find(".experts")
+        if name[at + 1 :] not in known if at >= 0 else name.rpartition(".")[2] not in leaves:
+            raise ValueError(f"unexpected {name}")
+        sides.setdefault(name, {})[side] = tensor
+    for layer in {name.rpartition(".experts.")[0] for name in sides if ".ffn.experts." in name}:
+        for i in (1, 2, 3):
+            # Refuses to stack what is missing or of another rank.
+            torch.stack([sides[f"{layer}.experts.{e}.w{i}"]["lora_A"] for e in range(experts)])
+    scale = config["lora_alpha"] / config["r"]
+    assert max(pair["lora_A"].shape[0] for pair in sides.values()) == config["r"]
+    return {name: scale * pair["lora_B"] @ pair["lora_A"] for name, pair in sides.items()}
+
+
+@pytest.mark.parametrize("preset", ["all", "hot-experts"])
+def test_vllm_finds_every_map_under_its_own_name(
+    make_model: MakeModel, stir: Stir, tmp_path: Path, preset: str
+) -> None:
+    """vLLM refuses names that it has no module for, and fills its stacks expert by expert."""
+    hot = SOME if preset == "hot-experts" else None
+    tuned = attach_adapters(make_model(), preset, r=4, experts=hot)
+    stir(tuned)
+    read = _vllm_reads(export_adapter(tuned, tmp_path / "vllm", "vllm"), 8)
+    plain, merged = make_model().state_dict(), merge_adapters(tuned).state_dict()
+    for layer in range(3):
+        where = f"layers.{layer}.mlp.experts"
+        for e in range(8):
+            gate_up = torch.cat(
+                [read[f"model.layers.{layer}.ffn.experts.{e}.w{i}"] for i in (1, 3)]
+            )
+            for delta, key in (
+                (gate_up, f"model.{where}.gate_up_proj"),
+                (read[f"model.layers.{layer}.ffn.experts.{e}.w2"], f"model.{where}.down_proj"),
+            ):
+                moved = merged[key][e] - plain[key][e]
+                torch.testing.assert_close(delta, moved, atol=1e-5, rtol=1e-4)
+                assert bool(moved.any()) == (hot is None or e in SOME[where])
+    if preset == "all":
+        for ours, theirs in (("q_a_proj", "wq_a"), ("o_a_proj", "wo_a"), ("o_b_proj", "wo_b")):
+            key = f"model.layers.1.self_attn.{ours}.weight"
+            delta = read[f"model.layers.1.attn.{theirs}"]
+            torch.testing.assert_close(delta, merged[key] - plain[key], atol=1e-5, rtol=1e-4)
+        assert len(read) == 3 * (5 + 3 + 3 * 8)
+    other = export_adapter(tmp_path / "vllm", tmp_path / "hf", "hf")
+    with pytest.raises(ValueError, match=r"unexpected model\.layers\.\d\.mlp"):
+        _vllm_reads(other, 8)
 
 
 def test_a_few_patterns_say_all_ranks(make_model: MakeModel, tmp_path: Path) -> None:

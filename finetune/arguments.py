@@ -14,7 +14,8 @@ _SCHEDULES = {"constant": "constant_with_warmup"}
 
 
 def steps_per_epoch(config: RunConfig, rows: int, processes: int = 1) -> int:
-    """Optimizer steps in one pass over `rows` training rows."""
+    """Optimizer steps in one pass over `rows` training rows; of grpo, over so many questions."""
+    rows *= config.group_size if config.objective == "grpo" else 1
     batches = math.ceil(math.ceil(rows / config.batch_size) / processes)
     return max(1, math.ceil(batches / config.accumulation))
 

@@ -17,7 +17,7 @@ LOG_FOLDER = "logs"
 
 
 class EarlyStopping(TrainerCallback):
-    """Stops when the held-out loss has not improved for `patience` evaluations.
+    """Stops when the held-out loss, or reward, has not improved for `patience` evaluations.
 
     All it knows is in the Trainer's history, so that a continued run stops where it would have.
     """
@@ -26,7 +26,8 @@ class EarlyStopping(TrainerCallback):
         self.patience = patience
 
     def is_over(self, state: TrainerState) -> bool:
-        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        measured = [e for e in state.log_history if "eval_loss" in e or "eval_reward" in e]
+        losses = [e["eval_loss"] if "eval_loss" in e else -e["eval_reward"] for e in measured]
         return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
     def on_train_begin(

@@ -51,7 +51,7 @@ def write_clean(
             for i, row in enumerate(source):
                 if i in left_out:
                     continue
-                values, missing = _to_json(_clean_row(row))
+                values, missing = _to_json(_clean_row(row, check.objective))
                 safe = values if detector is None else redact_value(values, detector)
                 stream.write(_line(safe, row))
                 written += 1
@@ -124,9 +124,9 @@ def _left_out(check: DataCheck) -> dict[int, str]:
     return found
 
 
-def _clean_row(row: Row) -> dict[str, Any]:
+def _clean_row(row: Row, objective: str) -> dict[str, Any]:
     """A good row in the keys of its form, its own other keys behind them."""
-    record = parse_row(row)
+    record = parse_row(row, objective)
     values = json.loads(row.value) if isinstance(row.value, bytes) else row.value
     # A key that begins another layout would make the row ambiguous.
     taken = {*KEYS[record.layout], *(keys[0] for keys in KEYS.values()), *record.content}

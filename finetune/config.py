@@ -21,7 +21,7 @@ DType = Literal["auto", "float32", "bfloat16"]
 HotScore = Literal["token", "gate"]
 Gate = Literal["auto", "on", "off"]
 LayerSchedule = Literal["ordinary", "layer-major"]
-Objective = Literal["sft", "dpo", "kto", "orpo"]
+Objective = Literal["sft", "dpo", "kto", "orpo", "grpo"]
 Optimizer = Literal[
     "adamw",
     "sgd",
@@ -66,6 +66,8 @@ _CHOICES = {
 }
 _COUNTS = (
     "rank",
+    "group_size",
+    "max_new_tokens",
     "hot_tokens",
     "memory_rows",
     "max_length",
@@ -84,8 +86,13 @@ class RunConfig:
         model: directory of the base model, plain or quantized.
         data: file or directory of records, see `finetune.sources`.
         output: directory of the adapter.
-        objective: what is learned: texts and answers, or preferences, see `finetune.preference`.
-        beta: how strongly preferences hold to the reference; of orpo, weight of the odds ratio.
+        objective: what is learned: texts and answers; preferences, see `finetune.preference`; or
+            what rewards ask for, see `finetune.rewards`.
+        beta: how strongly preferences hold to the reference; of orpo, weight of the odds ratio; of
+            grpo, weight of the divergence from the base. None is 0.1, of grpo 0.04.
+        group_size: answers that grpo draws to each question.
+        max_new_tokens: of an answer that is drawn.
+        temperature: at which it is drawn.
         preset: which modules get adapters, see `finetune.targets`.
         rank: r of attention and shared experts.
         alpha: LoRA alpha; None makes the scale 2.
@@ -140,7 +147,10 @@ class RunConfig:
     data: str
     output: str
     objective: Objective = "sft"
-    beta: float = 0.1
+    beta: float | None = None
+    group_size: int = 8
+    max_new_tokens: int = 256
+    temperature: float = 1.0
     preset: str = DEFAULT_PRESET
     rank: int = 32
     alpha: float | None = None
@@ -211,12 +221,37 @@ class RunConfig:
             _check_range(name, getattr(self, name), low=0, below=1)
         _check_range("warmup_ratio", self.warmup_ratio, low=0, below=1)
         _check_range("weight_decay", self.weight_decay, low=0)
-        for name in ("learning_rate", "epochs", "max_grad_norm", "lora_plus_ratio", "beta"):
+        above = ["learning_rate", "epochs", "max_grad_norm", "lora_plus_ratio", "temperature"]
+        for name in above if self.objective == "grpo" else [*above, "beta"]:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: wanted more than 0, got {value}")
         _check_ratios(self.lr_ratios)
+        self._check_groups()
         self._check_schedule()
+
+    @property
+    def strength(self) -> float:
+        """`beta`, or what it is where nothing was said."""
+        usual = 0.04 if self.objective == "grpo" else 0.1
+        return usual if self.beta is None else self.beta
+
+    def _check_groups(self) -> None:
+        """Every step of grpo learns from whole groups."""
+        if self.objective != "grpo":
+            return
+        _check_range("beta", self.strength, low=0)
+        _check_range("group_size", self.group_size, low=2)
+        rows = self.batch_size * self.accumulation
+        if rows % self.group_size:
+            raise ValueError(
+                f"group_size: wanted a divisor of batch_size * accumulation ({rows}), got "
+                f"{self.group_size}"
+            )
+        if self.overfit_gate == "on":
+            raise ValueError(
+                "overfit_gate: grpo draws its answers anew; wanted auto or off, got on"
+            )
 
     def _check_schedule(self) -> None:
         if self.checkpoint_memory is not None:

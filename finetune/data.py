@@ -116,7 +116,7 @@ class Tally:
             label_tokens=labels,
             truncated=one.truncated,
             dropped=not one.examples,
-            split=len(one.examples) > 1,
+            split=len(one.examples) > 1 and not one.sides,
             cut_labels=one.label_tokens - labels,
             reasoning_dropped=one.reasoning_dropped,
         )

@@ -7,21 +7,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .data import DataReport, Tally, pack_sizes
 from .detectors import Detector
-from .dialects import LAYOUTS
+from .dialects import LAYOUTS, OTHER_LAYOUTS
 from .duplicates import Fingerprints, Repeat, find_overlaps
-from .encoding import Encoded, Rules, write_chat
+from .encoding import Encoded, Rules, check_rules, write_chat
+from .preference_check import Preferences, quantiles
+from .preference_records import guess_objective, sides_of, with_answer
 from .preview import show_runs
-from .records import BadRecord, Record, iter_records
+from .records import BadRecord, Record, iter_records, parse_value
 from .redaction import Finding, scan_record
 from .run_data import try_encode
 from .sources import open_source
 
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+# What became of a record without examples; of one of preferences.
+_LOST = {
+    False: "records have no answer before the cut",
+    True: "records have an answer behind the cut, or equal ones before it",
+}
 # Of several formats this one says the most; a chat that it cannot say no format can.
 _WIDEST = "v4.1"
 
@@ -41,6 +46,7 @@ class FileCheck:
     findings: list[Finding] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    preferences: Preferences = field(default_factory=Preferences)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class DataCheck:
         overlaps: likewise in `held_out`.
         rules: how records were encoded.
         report: what that did; None without a tokenizer.
+        objective: what the records are for.
     """
 
     data: FileCheck
@@ -62,6 +69,12 @@ class DataCheck:
     overlaps: list[Repeat | None]
     rules: Rules
     report: DataReport | None
+    objective: str = "sft"
+
+    @property
+    def compares(self) -> bool:
+        """Whether the records are preferences."""
+        return self.objective not in ("sft", "grpo")
 
     @property
     def files(self) -> list[FileCheck]:
@@ -77,6 +90,8 @@ class DataCheck:
                 found.append(f"{file.path}: {shown}{more}")
             elif not file.rows:
                 found.append(f"{file.path}: wanted at least one record, got none")
+        if self.objective == "kto" and len(self.data.preferences.prompts) == 1:
+            found.append("kto: wanted at least two different prompts, got one")
         if self.report is not None and self.data.rows and not self.report.examples:
             limit = self.rules.max_length
             found.append(f"data: wanted answers within {limit} tokens, got none; raise max_length")
@@ -93,10 +108,21 @@ class DataCheck:
             (kinds["near"], "records nearly repeat earlier ones"),
             (overlaps, "records equal, or nearly, one that is held out"),
         ]
+        if self.compares:
+            preferences = self.data.preferences
+            named.append((preferences.contradicted(), "records prefer what another one rejects"))
+            named.append((self.shared_prompts(), "prompts are in both files"))
+            named += [
+                (
+                    preferences.answers[side] * (not preferences.answers[other]),
+                    f"answers, all {side}",
+                )
+                for side, other in (("chosen", "rejected"), ("rejected", "chosen"))
+            ]
         if self.report is not None:
             named += [
                 (self.report.truncated, f"records are cut at {self.rules.max_length} tokens"),
-                (self.report.dropped, "records have no answer before the cut"),
+                (self.report.dropped, _LOST[self.compares]),
                 (self.report.reasoning_dropped, "answers lose their reasoning"),
             ]
         named += [(count, f"probable findings of {kind}") for kind, count in findings.items()]
@@ -105,17 +131,26 @@ class DataCheck:
     def to_dict(self) -> dict[str, Any]:
         """All of it, every bad line and finding included."""
         values: dict[str, Any] = {
+            "objective": self.objective,
             **_file_dict(self.data),
             **self._repeat_dict(),
+            **(self.data.preferences.to_dict() if self.compares else {}),
             **({} if self.report is None else self._token_dict(self.report)),
             "errors": self.errors(),
             "warnings": self.warnings(),
         }
         if self.held_out is not None:
             values["eval"] = _file_dict(self.held_out)
+            if self.compares:
+                values["shared_prompts"] = self.shared_prompts()
         if self.data.samples:
             values["samples"] = self.data.samples
         return values
+
+    def shared_prompts(self) -> int:
+        """Prompts of preferences that are in both files."""
+        held_out = set() if self.held_out is None else self.held_out.preferences.prompts
+        return len(self.data.preferences.prompts & held_out)
 
     def packing(self) -> dict[str, Any]:
         """Rows of `max_length` that the examples would fill, packed, and how well."""
@@ -125,11 +160,7 @@ class DataCheck:
 
     def quantiles(self) -> dict[str, int]:
         """Tokens of whole records, before any is cut."""
-        whole = self.data.tally.whole
-        if not whole:
-            return {}
-        found = np.quantile(np.array(whole), QUANTILES, method="higher")
-        return {f"p{q * 100:g}": int(v) for q, v in zip(QUANTILES, found, strict=True)}
+        return quantiles(self.data.tally.whole)
 
     def histogram(self) -> list[tuple[int, int, int]]:
         """(from, below, records) in bins that double."""
@@ -157,8 +188,22 @@ class DataCheck:
             "mask_share": report.label_tokens / max(report.tokens, 1),
             "quantiles": self.quantiles(),
             "histogram": [list(one) for one in self.histogram()],
-            "packing": self.packing(),
+            **({"packing": self.packing()} if self.objective == "sft" else {}),
         }
+
+
+def find_objective(path: str | Path) -> str:
+    """What a file is for, by its first row that can be read: "sft", "dpo" (pairs) or "kto".
+
+    Raises:
+        ValueError: no such file, or of no known kind.
+    """
+    for row in open_source(path):
+        try:
+            return guess_objective(parse_value(row))
+        except ValueError:
+            continue
+    return "sft"
 
 
 def check_data(
@@ -169,6 +214,7 @@ def check_data(
     rules: Rules | None = None,
     detector: Detector | None = None,
     show: int = 0,
+    objective: str | None = None,
 ) -> DataCheck:
     """Validate, count, compare and search a data file; nothing in it is an exception.
 
@@ -179,33 +225,39 @@ def check_data(
         rules: how a run would encode; a `max_length` of 2,048 by default.
         detector: looks for secrets and personal data; None looks for none.
         show: how many samples to keep, marked by what counts.
+        objective: what the records are for, as in `RunConfig`; None is what the first row looks
+            like, see `find_objective`.
 
     Raises:
-        ValueError: a file is not there, of no known kind, or empty.
+        ValueError: a file is not there, of no known kind, or empty; rules that do not go with the
+            objective.
     """
     rules = rules or Rules(2048)
+    objective = objective or find_objective(data)
+    check_rules(objective, rules)
     held_out = None
     if eval_data is not None:
-        held_out = _read(eval_data, tokenizer, rules, detector, 0)
-    file = _read(data, tokenizer, rules, detector, show)
+        held_out = _read(eval_data, objective, tokenizer, rules, detector, 0)
+    file = _read(data, objective, tokenizer, rules, detector, show)
     overlaps: list[Repeat | None] = [None] * len(file.rows)
     if held_out is not None:
         overlaps = find_overlaps(file.prints, held_out.prints)
     report = None
     if tokenizer is not None:
         report = file.tally.report(rules) if file.tally.sizes else DataReport(*[0] * 6)
-    return DataCheck(file, held_out, file.prints.repeats(), overlaps, rules, report)
+    return DataCheck(file, held_out, file.prints.repeats(), overlaps, rules, report, objective)
 
 
 def _read(
     path: str | Path,
+    objective: str,
     tokenizer: PreTrainedTokenizerBase | None,
     rules: Rules,
     detector: Detector | None,
     show: int,
 ) -> FileCheck:
     file = FileCheck(str(path), open_source(path).describe())
-    for row, item in enumerate(iter_records(path)):
+    for row, item in enumerate(iter_records(path, objective)):
         encoded = item if isinstance(item, BadRecord) else _encode(item, tokenizer, rules)
         if isinstance(item, BadRecord) or isinstance(encoded, BadRecord):
             assert isinstance(encoded, BadRecord)
@@ -219,13 +271,16 @@ def _read(
         file.prints.add(item)
         if detector is not None:
             file.findings += scan_record(item, detector)
+        if item.form in ("preference", "rated"):
+            file.preferences.add(item, encoded)
         if encoded is not None:
             file.tally.add(encoded)
-            for example in encoded.examples[: show - len(file.samples)]:
+            for at, example in enumerate(encoded.examples[: show - len(file.samples)]):
                 runs = show_runs(example, tokenizer)
                 if detector is not None:
                     runs = [run | {"text": detector.redact(run["text"])} for run in runs]
-                file.samples.append({"place": item.place, "runs": runs})
+                side = f", {encoded.sides[at]}" if encoded.sides else ""
+                file.samples.append({"place": f"{item.place}{side}", "runs": runs})
     return file
 
 
@@ -235,9 +290,11 @@ def _encode(
     """A record as a run would encode it; without a tokenizer chats are only written."""
     if tokenizer is not None:
         return try_encode(item, tokenizer, rules)
-    if item.form == "messages":
+    compared = item.form in ("preference", "rated")
+    for one in [with_answer(item, key) for key in sides_of(item)] if compared else [item]:
         try:
-            write_chat(item, _WIDEST, rules.thinking)
+            if one.form == "messages":
+                write_chat(one, _WIDEST, rules.thinking)
         except ValueError as error:
             return BadRecord(item.line, item.place, str(error))
     return None
@@ -249,6 +306,7 @@ def _file_dict(file: FileCheck) -> dict[str, Any]:
         "source": file.source,
         "records": len(file.rows),
         **{name: file.layouts[name] for name in LAYOUTS},
+        **{name: file.layouts[name] for name in OTHER_LAYOUTS if file.layouts[name]},
         "bad_lines": len(file.bad),
         "bad": [one.to_dict() for one in file.bad],
         "found": dict(Counter(finding.kind for finding in file.findings)),

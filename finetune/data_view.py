@@ -34,11 +34,13 @@ def print_check(check: DataCheck, console: Console) -> None:
 
 
 def _lines(check: DataCheck) -> list[tuple[str, str]]:
-    lines = _file_lines(check.data, "data")
+    lines = [("objective", check.objective), *_file_lines(check.data, "data")]
     if check.held_out is not None:
         lines += _file_lines(check.held_out, "eval")
     if check.report is not None:
         lines += _token_lines(check, check.report)
+    if check.compares:
+        lines += _side_lines(check.data.preferences.to_dict())
     kinds = Counter(repeat.kind for repeat in check.repeats if repeat)
     counts = ", ".join(f"{kinds[kind]} {kind}" for kind in ("exact", "normalised", "near"))
     lines.append(("duplicates", counts))
@@ -76,24 +78,36 @@ def _file_lines(file: FileCheck, name: str) -> list[tuple[str, str]]:
 
 def _token_lines(check: DataCheck, report: DataReport) -> list[tuple[str, str]]:
     share = report.label_tokens / max(report.tokens, 1)
-    packing = check.packing()
-    quantiles = ", ".join(f"{name} {value:,}" for name, value in check.quantiles().items())
     limit = check.rules.max_length
-    return [
+    lines = [
         ("examples", f"{report.examples:,}"),
         ("tokens", f"{report.tokens:,}, of which {report.label_tokens:,} count ({share:.1%})"),
-        ("lengths", quantiles),
+        ("lengths", _say_quantiles(check.quantiles())),
         (
             "too long",
             f"{report.truncated} cut, {report.split} split, {report.dropped} without an answer "
             f"before {limit:,} tokens; {report.cut_labels:,} answer tokens lost",
         ),
-        (
-            "packing",
-            f"{report.examples:,} examples in {packing['rows']:,} rows of {limit:,}, "
-            f"{packing['fill']:.1%} full",
-        ),
     ]
+    if check.objective == "sft":
+        packing = check.packing()
+        text = f"{report.examples:,} examples in {packing['rows']:,} rows of {limit:,}, "
+        lines.append(("packing", f"{text}{packing['fill']:.1%} full"))
+    return lines
+
+
+def _side_lines(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Answers of preferences: a side that is longer is learned as such."""
+    lines = [("prompts", f"{values['prompts']:,} different")]
+    for side, found in values["sides"].items():
+        tokens = f", {found['mean']:.1f} tokens each ({_say_quantiles(found['quantiles'])})"
+        lines.append((side, f"{found['answers']:,}{tokens if found['tokens'] else ''}"))
+    lines.append(("longer", f"{values['chosen_longer']:,} pairs have the longer answer as chosen"))
+    return lines
+
+
+def _say_quantiles(values: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value:,}" for name, value in values.items())
 
 
 def _print_lengths(check: DataCheck, console: Console) -> None:

@@ -17,6 +17,8 @@ import json
 from typing import Any
 
 LAYOUTS = ("chat", "sharegpt", "alpaca", "prompt_completion", "text")
+# Rows for other objectives than supervised ones.
+OTHER_LAYOUTS = ("preference", "rated", "task")
 # Keys of a row that make up the record; others (ids, sources) are not looked at.
 KEYS = {
     "chat": ("messages", "tools"),
@@ -24,6 +26,9 @@ KEYS = {
     "alpaca": ("instruction", "input", "output", "system", "history"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected", "tools"),
+    "rated": ("prompt", "completion", "label", "tools"),
+    "task": ("prompt", "messages", "answer", "regex", "rewards", "stop"),
 }
 _FIRST = {
     "messages": "chat",

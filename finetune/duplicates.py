@@ -126,12 +126,17 @@ def find_overlaps(prints: Fingerprints, others: Fingerprints) -> list[Repeat | N
 
 def compared_texts(record: Record) -> Iterator[str]:
     """What two records are compared by: questions, answers and results, or the text."""
-    if record.form != "messages":
-        yield from record.content.values()
-        return
-    for message in record.content["messages"]:
-        if message["role"] not in ("system", "latest_reminder"):
-            yield from _strings([message.get(key) for key in ("content", "tool_calls")])
+    for key, value in record.content.items():
+        if key == "tools":
+            continue
+        if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+            # A label is a word: the same answer with another one is no repeat.
+            yield from _strings(str(value) if isinstance(value, bool) else value)
+            continue
+        for message in value:
+            if message.get("role") not in ("system", "latest_reminder"):
+                yield from _strings([message.get(key) for key in ("content", "tool_calls")])
+                yield from _strings([message.get(key) for key in ("answer", "regex")])
 
 
 def normal_words(text: str) -> list[str]:

@@ -10,6 +10,7 @@ them, where there are tools), and what is left out is counted.
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -61,15 +62,31 @@ class Rules:
     thinking: Thinking = "auto"
 
 
+def check_rules(objective: str, rules: Rules) -> None:
+    """Refuse what other objectives than supervised ones cannot do.
+
+    Raises:
+        ValueError: answers that are compared, or prompts, are to be split.
+    """
+    if objective != "sft" and rules.long == "split":
+        raise ValueError(f"long: wanted cut or reject for objective {objective}, got split")
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """A record as examples: one, several if it was split, none if nothing was left to learn."""
+    """A record as examples: one, several if it was split, none if nothing was left to learn.
+
+    `sides`: of a preference, "chosen" or "rejected" for each example; then these are no pieces.
+    `task`: of a task, what is rewarded.
+    """
 
     examples: tuple[Example, ...]
     tokens: int
     label_tokens: int
     truncated: bool = False
     reasoning_dropped: int = 0
+    sides: tuple[str, ...] = ()
+    task: Any = None
 
 
 def encode_record(

@@ -98,9 +98,12 @@ def _text(
     result: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> str:
-    before, after = result.get("held_out_loss_before"), result.get("held_out_loss_after")
-    margin = result.get("held_out_margin_before"), result.get("held_out_margin_after")
-    word, (before, after) = ("loss", (before, after)) if margin[1] is None else ("margin", margin)
+    found = {
+        word: (result.get(f"held_out_{word}_before"), result.get(f"held_out_{word}_after"))
+        for word in ("loss", "margin", "reward")
+    }
+    word = next((word for word, (_, after) in found.items() if after is not None), "loss")
+    before, after = found[word]
     loss = "nothing was held out" if after is None else f"{before:.4f} before, {after:.4f} after"
     files = "\n".join(f"| {f['name']} | `{f['sha256']}` |" for f in _files(facts))
     steps = f"{result['steps']:,} steps, {result['seconds']:,.0f} s"

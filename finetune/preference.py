@@ -7,13 +7,11 @@
 | orpo | the same | none |
 | kto | `prompt`, `completion`, `label`, or pairs, taken apart | the base model, adapters off |
 
-A prompt is text, or a list of messages; answers are text, or one assistant message. They are
-encoded as in supervised runs, by the model's own prompt format. The optimization is TRL's for dpo
-and kto.
+Lines are read and encoded by `preference_records`, held out by their prompts. The optimization is
+TRL's for dpo and kto.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,119 +20,11 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from .arguments import training_settings
 from .config import RunConfig
-from .data import IGNORED, DataReport, Example, Examples, PaddingCollator, encode_record, pad_token
-from .dialects import short
+from .data import IGNORED, Example, Examples, PaddingCollator, pad_token, report_on
+from .encoding import check_rules
 from .prepare import Prepared
-from .records import (
-    BadRecord,
-    Record,
-    check_messages,
-    parse_value,
-    raise_bad,
-    split_records,
-)
-from .sources import open_source
+from .run_data import Side, build_sides, run_rules
 from .trainer import RunTrainer
-
-PAIR = ("prompt", "chosen", "rejected")
-RATED = ("prompt", "completion", "label")
-# Settings of supervised data, and what they must be left at.
-_SUPERVISED_ONLY: dict[str, Any] = {
-    "long": "cut",
-    "thinking": "auto",
-    "on_bad": "refuse",
-    "eval_data": None,
-    "drop_duplicates": False,
-    "drop_overlap": False,
-}
-
-
-def read_preferences(path: str | Path, objective: str) -> list[Record]:
-    """Read a file of pairs, or for kto of rated answers, of any kind that `sources` knows.
-
-    Raises:
-        ValueError: lines that are neither, counted, up to five named; none at all.
-    """
-    records, bad = [], []
-    for row in open_source(path):
-        try:
-            content = _check_line(parse_value(row), objective)
-            record = Record(row.number, "prompt", content, where=row.place)
-            record.digest()
-            records.append(record)
-        except UnicodeEncodeError:
-            reason = r"half of a surrogate pair (\ud800 to \udfff); wanted text"
-            bad.append(BadRecord(row.number, row.place, reason))
-        except ValueError as error:
-            bad.append(BadRecord(row.number, row.place, str(error)))
-    raise_bad(path, bad)
-    if not records:
-        raise ValueError(f"{path}: wanted at least one record, got an empty file")
-    return records
-
-
-def _check_line(value: Any, objective: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"wanted an object, got {type(value).__name__}")
-    keys = RATED if objective == "kto" and "label" in value else PAIR
-    missing = [key for key in keys if key not in value]
-    if missing:
-        raise ValueError(f"wanted {', '.join(keys)}, got no {', '.join(missing)}")
-    if keys is RATED and not isinstance(value["label"], bool):
-        raise ValueError(f"`label`: wanted true or false, got {short(value['label'])}")
-    chat = isinstance(value["prompt"], list)
-    for key in keys:
-        if key != "label" and not isinstance(value[key], list if chat else str):
-            wanted = "messages, as the prompt is" if chat else "text"
-            raise ValueError(f"`{key}`: wanted {wanted}, got {type(value[key]).__name__}")
-        if key in ("prompt", "label"):
-            continue
-        if chat:
-            _check_answer(value, key)
-        elif not value[key].strip():
-            raise ValueError(f"`{key}`: wanted text, got {short(value[key])}")
-    if keys is PAIR and value["chosen"] == value["rejected"]:
-        raise ValueError("wanted two answers, got `chosen` equal to `rejected`")
-    return {key: value[key] for key in keys}
-
-
-def _check_answer(value: dict[str, Any], key: str) -> None:
-    """One assistant message, that goes with the prompt's messages."""
-    answer = value[key]
-    if len(answer) != 1:
-        raise ValueError(f"`{key}`: wanted one assistant message, got {len(answer)}")
-    if not isinstance(answer[0], dict) or answer[0].get("role") != "assistant":
-        raise ValueError(f"`{key}`: wanted one assistant message, got {short(answer[0])}")
-    try:
-        check_messages({"messages": [*value["prompt"], *answer]})
-    except ValueError as error:
-        raise ValueError(f"`prompt` with `{key}`: {error}") from error
-
-
-def encode_answer(
-    record: Record, key: str, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Example:
-    """Tokenize a prompt with one of its answers; labels are the last answer's alone.
-
-    Raises:
-        ValueError: nothing of the answer is left within `max_length`.
-    """
-    prompt, answer = record.content["prompt"], record.content[key]
-    if isinstance(prompt, list):
-        plain = Record(record.line, "messages", {"messages": [*prompt, *answer]})
-    else:
-        plain = Record(record.line, "prompt", {"prompt": prompt, "completion": answer})
-    example = encode_record(plain, tokenizer, max_length)
-    labels = list(example.labels)
-    if not example.num_labels or labels[-1] == IGNORED:
-        raise ValueError(
-            f"line {record.line}: `{key}` begins behind {max_length} tokens; raise max_length"
-        )
-    start = len(labels)
-    while start and labels[start - 1] != IGNORED:
-        start -= 1
-    labels[:start] = [IGNORED] * start
-    return Example(example.line, example.input_ids, labels, example.truncated)
 
 
 def split_answer(example: Example) -> tuple[list[int], list[int]]:
@@ -146,7 +36,7 @@ def split_answer(example: Example) -> tuple[list[int], list[int]]:
 class Pairs(Examples):
     """Rows of a chosen and a rejected answer, in TRL's columns."""
 
-    def __init__(self, pairs: Sequence[tuple[Example, Example]]) -> None:
+    def __init__(self, pairs: Sequence[Sequence[Example]]) -> None:
         super().__init__([])
         self.rows = [list(pair) for pair in pairs]
 
@@ -201,53 +91,31 @@ def _other_prompts(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def prepare_preferences(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Read, split and encode a run's preferences.
+    """Read, check, split and encode a run's preferences, as `check` does.
 
     Raises:
-        ValueError: bad lines, or settings that go with supervised runs alone.
+        ValueError: bad lines, unless they are to be skipped, or settings that go with supervised
+            runs alone.
     """
     if config.packing:
         raise ValueError(f"packing: wanted false for objective {config.objective}, got true")
-    for name, wanted in _SUPERVISED_ONLY.items():
-        if getattr(config, name) != wanted:
-            raise ValueError(
-                f"{name}: wanted {wanted} for objective {config.objective}, "
-                f"got {getattr(config, name)}"
-            )
-    records = read_preferences(config.data, config.objective)
-    train, held = split_records(records, config.eval_fraction, config.seed)
-    rows = [_encode(part, config, tokenizer) for part in (train, held)]
-    report, held_report = (_report(part) for part in rows)
-    return Prepared(rows[0], rows[1] if len(rows[1]) else None, report, held_report)
+    rules = run_rules(config)
+    check_rules(config.objective, rules)
+    train, held, left_out = build_sides(config, tokenizer)
+    rows, other = (_make_rows(side, config.objective) for side in (train, held))
+    learned, away = (report_on(side.encoded, rules) for side in (train, held))
+    return Prepared(rows, other if len(other) else None, learned, away, left_out)
 
 
-def _encode(
-    records: Sequence[Record], config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> Examples:
-    def encode(record: Record, key: str) -> Example:
-        return encode_answer(record, key, tokenizer, config.max_length)
-
-    if config.objective != "kto":
-        return Pairs([(encode(r, "chosen"), encode(r, "rejected")) for r in records])
-    rated: list[tuple[Example, bool]] = []
-    for record in records:
-        if "label" in record.content:
-            rated.append((encode(record, "completion"), record.content["label"]))
-        else:
-            rated += [(encode(record, "chosen"), True), (encode(record, "rejected"), False)]
-    return Rated(rated)
-
-
-def _report(rows: Examples) -> DataReport:
-    examples = [example for row in rows.rows for example in row]
-    lengths = [len(example.input_ids) for example in examples]
-    return DataReport(
-        examples=len(examples),
-        tokens=sum(lengths),
-        label_tokens=sum(example.num_labels for example in examples),
-        longest=max(lengths, default=0),
-        truncated=sum(example.truncated for example in examples),
-        dropped=0,
+def _make_rows(side: Side, objective: str) -> Examples:
+    if objective != "kto":
+        return Pairs([one.examples[:2] for one in side.encoded if one.examples])
+    return Rated(
+        [
+            (example, name == "chosen")
+            for one in side.encoded
+            for example, name in zip(one.examples, one.sides, strict=False)
+        ]
     )
 
 
@@ -293,7 +161,10 @@ def make_preference_trainer(
         ValueError: TRL is not installed.
     """
     try:
-        from .preference_trainers import build
+        if config.objective == "grpo":
+            from .grpo_trainer import build
+        else:
+            from .preference_trainers import build
     except ImportError as error:
         raise ValueError(
             f"objective {config.objective}: wanted trl, which is not installed ({error}); pip "
@@ -305,4 +176,5 @@ def make_preference_trainer(
         epoch_steps=epoch_steps,
         report_to=report_to,
     )
-    return build(model, config, settings, data, tokenizer, callbacks)
+    parts = {"model": model, "processing_class": tokenizer, "callbacks": callbacks}
+    return build(config, settings, data, **parts)

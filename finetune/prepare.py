@@ -26,8 +26,13 @@ class Prepared:
 
 def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Read, split and encode a run's data. No weight is needed for it."""
-    if config.objective != "sft":
+    if config.objective == "grpo":
         # It builds on this module.
+        from .rewards import prepare_tasks
+
+        return prepare_tasks(config, tokenizer)
+    if config.objective != "sft":
+        # Likewise.
         from .preference import prepare_preferences
 
         return prepare_preferences(config, tokenizer)

@@ -23,10 +23,14 @@ from .interruption import StopSignal
 from .sharded import check_shards
 
 T = TypeVar("T")
-# Why a run's settings want one process.
-_ALONE = {
-    "layer_schedule": "its gradients come layer by layer and are not added up over processes",
-    "train_indexer": "its loss is a mean over the queries of one process",
+# Settings that want one process, and why.
+_ALONE: dict[str, tuple[object, str]] = {
+    "layer_schedule": (
+        "layer-major",
+        "its gradients come layer by layer and are not added up over processes",
+    ),
+    "train_indexer": (True, "its loss is a mean over the queries of one process"),
+    "objective": ("grpo", "answers that several processes draw were never compared with one's"),
 }
 
 
@@ -170,11 +174,10 @@ def check_ranks(config: RunConfig) -> None:
     count = num_ranks()
     if count == 1:
         return
-    plain = {"layer_schedule": "ordinary", "train_indexer": False}
-    for name, why in _ALONE.items():
-        value = getattr(config, name)
-        if value != plain[name]:
+    for name, (value, why) in _ALONE.items():
+        if getattr(config, name) == value:
+            plain = RunConfig.__dataclass_fields__[name].default
             raise NotImplementedError(
                 f"{name} {value}: wanted one process, got {count}; {why}. Start it without a "
-                f"launcher, or leave it {plain[name]}"
+                f"launcher, or leave it {plain}"
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training records: rows of a file in one of three forms, checked one by one, split by content.
+"""Training records: rows of a file in one of some forms, checked one by one, split by content.
 
 | form | keys | what counts for the loss |
 |---|---|---|
@@ -8,13 +8,15 @@
 | text | `text` | all of it |
 
 Where rows come from: `sources`. Which layouts are brought into these forms: `dialects`. They may
-be mixed within a file; other keys of a row (ids, sources) are left alone.
+be mixed within a file; other keys of a row (ids, sources) are left alone. Other objectives than
+supervised ones have forms of their own: `preference_records`, `rewards`.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +24,7 @@ from typing import Any, Literal
 from .dialects import find_layout, short, to_content
 from .sources import Row, open_source
 
-Form = Literal["messages", "prompt", "text"]
+Form = Literal["messages", "prompt", "text", "preference", "rated", "task"]
 ROLES = ("system", "latest_reminder", "user", "tool", "assistant")
 # A message names what is wrong with this many lines, and counts the others.
 _SHOWN = 5
@@ -48,8 +50,18 @@ class Record:
 
     def digest(self, seed: int = 0) -> str:
         """Hash of seed and content: equal rows have equal digests."""
-        text = json.dumps(self.content, sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(f"{seed}\n{text}".encode()).hexdigest()
+        return _hash(self.content, seed)
+
+    def split_digest(self, seed: int = 0) -> str:
+        """Hash of what decides on which side of a split it is: of preferences, the prompt alone."""
+        if self.form in ("preference", "rated"):
+            return _hash({k: v for k, v in self.content.items() if k in ("prompt", "tools")}, seed)
+        return self.digest(seed)
+
+
+def _hash(content: dict[str, Any], seed: int) -> str:
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(f"{seed}\n{text}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,12 @@ class BadRecord:
         return {"line": self.line, "place": self.place, "reason": self.reason}
 
 
-def iter_records(path: str | Path) -> Iterator[Record | BadRecord]:
+def iter_records(path: str | Path, objective: str = "sft") -> Iterator[Record | BadRecord]:
     """Read a data file row by row; only one is held at a time (see `sources` for each kind).
+
+    Args:
+        path: of the file or directory.
+        objective: what its rows are to be records for.
 
     Raises:
         ValueError: no such file, of no known kind, or without any row.
@@ -79,7 +95,7 @@ def iter_records(path: str | Path) -> Iterator[Record | BadRecord]:
         raise ValueError(f"{path}: wanted at least one record, got an empty file")
     for row in chain((first, second) if second else (first,), rows):
         try:
-            yield parse_row(row)
+            yield parse_row(row, objective)
         except ValueError as error:
             yield BadRecord(row.number, row.place, str(error))
 
@@ -106,14 +122,27 @@ def raise_bad(path: str | Path, bad: Sequence[BadRecord]) -> None:
         raise ValueError(f"{path}: {'; '.join(str(item) for item in bad[:_SHOWN])}{more}")
 
 
-def parse_row(row: Row) -> Record:
-    """Read one row.
+def parse_row(row: Row, objective: str = "sft") -> Record:
+    """Read one row as a record for an objective.
 
     Raises:
         ValueError: what was wanted and what came, without the file's name.
     """
     where = "" if row.place == f"line {row.number}" else row.place
-    return _checked(parse_value(row), row.number, where)
+    return _checked(parse_value(row), row.number, where, _builder(objective))
+
+
+def _builder(objective: str) -> Callable[[Any, int, str], Record]:
+    # These build on this module.
+    if objective == "grpo":
+        from .rewards import build_task
+
+        return build_task
+    if objective != "sft":
+        from .preference_records import build_preference
+
+        return partial(build_preference, objective=objective)
+    return _build_record
 
 
 def parse_value(row: Row) -> Any:
@@ -131,7 +160,7 @@ def parse_record(raw: bytes | str, line: int, where: str = "") -> Record:
     Raises:
         ValueError: what was wanted and what came, without the file's name.
     """
-    return _checked(_parse_json(raw), line, where)
+    return _checked(_parse_json(raw), line, where, _build_record)
 
 
 def _parse_json(raw: bytes | str) -> Any:
@@ -145,10 +174,12 @@ def _parse_json(raw: bytes | str) -> Any:
         raise ValueError(f"not JSON ({error})") from error
 
 
-def _checked(value: object, line: int, where: str) -> Record:
+def _checked(
+    value: object, line: int, where: str, build: Callable[[Any, int, str], Record]
+) -> Record:
     """Build a record whose content JSON and UTF-8 can say."""
     try:
-        record = _build_record(value, line, where)
+        record = build(value, line, where)
         record.digest()
     except RecursionError:
         raise ValueError("nested too deeply; wanted text in flat objects") from None
@@ -188,7 +219,7 @@ def split_records(
     Raises:
         ValueError: a share was asked for and there are fewer than two distinct records.
     """
-    digests = [record.digest(seed) for record in records]
+    digests = [record.split_digest(seed) for record in records]
     out = choose_held_out(digests, fraction)
     held = [digest in out for digest in digests]
     train = [record for record, away in zip(records, held, strict=True) if not away]
@@ -203,7 +234,7 @@ def _build_record(value: object, line: int, where: str) -> Record:
     form = _FORMS.get(layout, "messages")
     if form == "messages":
         check_messages(content)
-        _check_tools(content)
+        check_tools(content)
     else:
         for key in content:
             _check_text(content, key)
@@ -230,7 +261,7 @@ def check_messages(value: dict[str, Any]) -> None:
         raise ValueError("`messages`: wanted an assistant answer to learn from, got none")
 
 
-def _check_tools(value: dict[str, Any]) -> None:
+def check_tools(value: dict[str, Any]) -> None:
     """The schemas, if there are any; what is in them is the encoder's to judge."""
     tools = value.get("tools")
     if tools is not None and not isinstance(tools, list):

@@ -164,10 +164,11 @@ def _summary(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     cards: list[tuple[str, str, str]] = []
     if before is not None and after is not None:
         cards.append(("held-out loss", f"{after:.4f}", f"{before:.4f} before training"))
-    wanted = result.get("held_out_margin_after")
-    if wanted is not None:
-        note = f"{result['held_out_margin_before']:.4f} before training"
-        cards.append(("held-out margin", f"{wanted:.4f}", note))
+    for word in ("margin", "reward"):
+        after = result.get(f"held_out_{word}_after")
+        if after is not None:
+            note = f"{result[f'held_out_{word}_before']:.4f} before training"
+            cards.append((f"held-out {word}", f"{after:.4f}", note))
     seconds, steps = float(result.get("seconds", 0)), int(result.get("steps", 0))
     each = f"{seconds / steps:.2f} s a step" if steps else ""
     cards += [

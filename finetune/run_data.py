@@ -7,7 +7,7 @@ so that a bad one refuses the run, or is skipped and listed, and never ends it i
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .config import RunConfig
 from .data import DataReport, Example, report_on
 from .duplicates import Fingerprints, find_overlaps
 from .encoding import Encoded, Rules, encode_long
-from .records import BadRecord, Record, choose_held_out, iter_records, raise_bad
+from .records import BadRecord, Form, Record, choose_held_out, iter_records, raise_bad
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class RunData:
 
 
 @dataclass
-class _Side:
+class Side:
     """Encoded records of one file or side, in file order."""
 
     encoded: list[Encoded]
@@ -52,22 +52,33 @@ def build_run_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Run
     Raises:
         ValueError: bad records, unless they are to be skipped; nothing to learn from.
     """
-    skipped: list[dict[str, Any]] = []
-    train = _load(config.data, config, tokenizer, skipped)
-    if config.eval_data is not None:
-        held = _load(config.eval_data, config, tokenizer, skipped)
-    else:
-        train, held = _divide(train, config.eval_fraction)
-    removed = _remove_repeats(train, held, config)
+    train, held, left_out = build_sides(config, tokenizer)
     rules = run_rules(config)
     return RunData(
         [example for one in train.encoded for example in one.examples],
         [example for one in held.encoded for example in one.examples],
         report_on(train.encoded, rules),
         report_on(held.encoded, rules),
-        skipped,
-        removed,
+        left_out["skipped"],
+        left_out["removed"],
     )
+
+
+def build_sides(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Side, Side, dict[str, Any]]:
+    """Encoded records to train on and to hold out, of any objective, and what was left out.
+
+    Raises:
+        ValueError: bad records, unless they are to be skipped.
+    """
+    skipped: list[dict[str, Any]] = []
+    train = _load(config.data, config, tokenizer, skipped)
+    if config.eval_data is not None:
+        held = _load(config.eval_data, config, tokenizer, skipped)
+    else:
+        train, held = _divide(train, config.eval_fraction)
+    return train, held, {"skipped": skipped, "removed": _remove_repeats(train, held, config)}
 
 
 def build_held_out(
@@ -76,8 +87,14 @@ def build_held_out(
     """What a run with these settings holds out of `data`, or of its own evaluation file.
 
     Raises:
-        ValueError: bad records, unless they are to be skipped; nothing held out.
+        ValueError: bad records, unless they are to be skipped; nothing held out; a run whose
+            records are no texts to predict.
     """
+    if config.objective != "sft":
+        raise ValueError(
+            f"held-out records: wanted a supervised run, got objective {config.objective}; what it "
+            "measured on them is in its result.json"
+        )
     if config.eval_data is not None:
         held = _load(config.eval_data, config, tokenizer, [])
     else:
@@ -96,19 +113,19 @@ def _load(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
     skipped: list[dict[str, Any]],
-) -> _Side:
+) -> Side:
     """Read and encode a file; `skipped` takes its bad records, or they refuse it."""
     rules = run_rules(config)
-    side, bad = _Side([], [], Fingerprints()), []
+    side, bad = Side([], [], Fingerprints()), []
     compares = config.drop_duplicates or config.drop_overlap
-    for item in iter_records(path):
+    for item in iter_records(path, config.objective):
         encoded = item if isinstance(item, BadRecord) else try_encode(item, tokenizer, rules)
         if isinstance(encoded, BadRecord):
             bad.append(encoded)
             continue
         side.encoded.append(encoded)
         if isinstance(item, Record):
-            side.digests.append(item.digest(config.seed))
+            side.digests.append(item.split_digest(config.seed))
             if compares:
                 side.prints.add(item)
     if config.on_bad == "refuse" or not side.encoded:
@@ -120,30 +137,43 @@ def _load(
 def try_encode(
     record: Record, tokenizer: PreTrainedTokenizerBase, rules: Rules
 ) -> Encoded | BadRecord:
-    """Encode a record; where that is not possible, say why."""
+    """Encode a record of any form; where that is not possible, say why."""
     try:
-        return encode_long(record, tokenizer, rules)
+        return _encoder(record.form)(record, tokenizer, rules)
     except ValueError as error:
         reason = str(error).removeprefix(f"{record.place}: ")
         return BadRecord(record.line, record.place, reason)
 
 
-def _divide(side: _Side, fraction: float) -> tuple[_Side, _Side]:
+def _encoder(form: Form) -> Callable[[Record, PreTrainedTokenizerBase, Rules], Encoded]:
+    # These build on what this module builds on.
+    if form == "task":
+        from .rewards import encode_task
+
+        return encode_task
+    if form in ("preference", "rated"):
+        from .preference_records import encode_sides
+
+        return encode_sides
+    return encode_long
+
+
+def _divide(side: Side, fraction: float) -> tuple[Side, Side]:
     """(train, held out) by content."""
     out = choose_held_out(side.digests, fraction)
     away = [digest in out for digest in side.digests]
     return _choose(side, [not one for one in away]), _choose(side, away)
 
 
-def _choose(side: _Side, wanted: Sequence[bool]) -> _Side:
+def _choose(side: Side, wanted: Sequence[bool]) -> Side:
     def some(values: list[Any]) -> list[Any]:
         return [value for value, keep in zip(values, wanted, strict=True) if keep]
 
     prints = side.prints.choose(wanted) if len(side.prints) else Fingerprints()
-    return _Side(some(side.encoded), some(side.digests), prints)
+    return Side(some(side.encoded), some(side.digests), prints)
 
 
-def _remove_repeats(train: _Side, held: _Side, config: RunConfig) -> dict[str, int]:
+def _remove_repeats(train: Side, held: Side, config: RunConfig) -> dict[str, int]:
     """Drop training records that repeat held-out ones, or earlier ones, as asked; count them."""
     reasons: list[str | None] = [None] * len(train.encoded)
     if config.drop_duplicates:

@@ -52,6 +52,7 @@ from .ranks import (
     vary_dropout,
 )
 from .report import finish_run
+from .rewards import Tasks, mean_reward
 from .sharded import MeasureBase, is_sharded, shards, whole_adapter
 from .targets import get_preset
 from .trainer import RunTrainer, make_trainer
@@ -67,7 +68,8 @@ class TrainResult:
     """What a run measured on held-out data; None without a split.
 
     Losses are means over label tokens. Runs on preferences have margins instead: how much likelier
-    wanted answers are than unwanted ones, in nats.
+    wanted answers are than unwanted ones, in nats. Those of grpo have rewards: means of greedy
+    answers.
     """
 
     output: str
@@ -81,6 +83,8 @@ class TrainResult:
     held_out_loss_after: float | None = None
     held_out_margin_before: float | None = None
     held_out_margin_after: float | None = None
+    held_out_reward_before: float | None = None
+    held_out_reward_after: float | None = None
     overfit_gate: dict[str, float] | None = None
     left_out: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
@@ -234,7 +238,7 @@ def _measure(
     model = trainer.model
     counted = count_adapters(model)
     after = _held_out(model, config, data, tokenizer)
-    word = "loss" if config.objective == "sft" else "margin"
+    word = {"sft": "loss", "grpo": "reward"}.get(config.objective, "margin")
     return TrainResult(
         output=config.output,
         steps=trainer.state.global_step,
@@ -253,11 +257,14 @@ def _measure(
 def _held_out(
     model: nn.Module, config: RunConfig, data: Prepared, tokenizer: PreTrainedTokenizerBase
 ) -> float | None:
-    """The loss, or the margin, on what is held out."""
+    """The loss, the margin, or the reward on what is held out."""
     if data.held_out is None:
         return None
     if config.objective == "sft":
         return held_out_loss(model, data.held_out, tokenizer)
+    if isinstance(data.held_out, Tasks):
+        sizes = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+        return mean_reward(model, data.held_out, tokenizer, **sizes)
     return held_out_margin(model, data.held_out, tokenizer)
 
 
@@ -268,6 +275,8 @@ def _try_one_batch(
     an_epoch = steps_per_epoch(config, len(data.train), num_ranks())
     steps = config.max_steps or an_epoch * config.epochs
     wanted = config.overfit_gate == "on" or (config.overfit_gate == "auto" and steps >= LONG_RUN)
+    # One batch of grpo says nothing: its answers are drawn anew.
+    wanted = wanted and config.objective != "grpo"
     # Before training the model is whole, which may be more than a process can compute with.
     if shards() or not wanted:
         return None

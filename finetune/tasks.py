@@ -78,7 +78,7 @@ def read_tasks(path: str | Path) -> list[Task]:
     tasks, wrong = [], []
     for row in open_source(path):
         try:
-            tasks.append(_check_task(parse_value(row), row.number))
+            tasks.append(check_task(parse_value(row), row.number))
         except ValueError as error:
             wrong.append(BadRecord(row.number, row.place, str(error)))
     raise_bad(path, wrong)
@@ -89,10 +89,11 @@ def read_tasks(path: str | Path) -> list[Task]:
 
 def parse_task(line: str, number: int) -> Task:
     """Read one line; ValueError says what was wanted and what came."""
-    return _check_task(parse_value(Row(number, f"line {number}", line.encode())), number)
+    return check_task(parse_value(Row(number, f"line {number}", line.encode())), number)
 
 
-def _check_task(value: Any, number: int) -> Task:
+def check_task(value: Any, number: int) -> Task:
+    """Read one row; ValueError says what was wanted and what came."""
     if not isinstance(value, dict):
         raise ValueError(f"wanted an object, got {type(value).__name__}")
     unknown = sorted(set(value) - _KEYS)
@@ -214,7 +215,7 @@ def answer_tasks(
     try:
         for batch in _batches(tasks, batch_size):
             asked = [task for task in batch if task.kind != "choice"]
-            texts = iter(_generate(model, tokenizer, asked, max_new_tokens))
+            texts = iter(generate_texts(model, tokenizer, asked, max_new_tokens))
             losses = _losses(model, tokenizer, batch, batch_size)
             for task, loss in zip(batch, losses, strict=True):
                 if task.kind == "choice":
@@ -233,13 +234,19 @@ def _batches(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
         yield tasks[start : start + size]
 
 
-def _answered(task: Task, text: str, losses: list[tuple[float, int]]) -> Outcome:
+def judge(task: Task, text: str) -> tuple[str, bool]:
+    """A generated text up to its end, and whether that is right."""
     if task.stop is not None:
         text = text.split(task.stop, 1)[0]
     if task.regex is not None:
-        return Outcome(task, text, re.search(task.regex, text) is not None, None)
-    right = text.strip() in {answer.strip() for answer in task.answers}
-    return Outcome(task, text, right, losses[0][0] / losses[0][1])
+        return text, re.search(task.regex, text) is not None
+    return text, text.strip() in {answer.strip() for answer in task.answers}
+
+
+def _answered(task: Task, text: str, losses: list[tuple[float, int]]) -> Outcome:
+    text, right = judge(task, text)
+    loss = None if task.regex is not None else losses[0][0] / losses[0][1]
+    return Outcome(task, text, right, loss)
 
 
 def _chosen(task: Task, losses: list[tuple[float, int]]) -> Outcome:
@@ -251,9 +258,10 @@ def _chosen(task: Task, losses: list[tuple[float, int]]) -> Outcome:
     return Outcome(task, best, best == task.answers[0], losses[right][0] / losses[right][1])
 
 
-def _generate(
+def generate_texts(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], tokens: int
 ) -> list[str]:
+    """Greedy answers to some questions in one batch, padded on the left."""
     if not tasks:
         return []
     rows = [prompt_ids(task, tokenizer) for task in tasks]

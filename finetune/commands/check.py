@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.console import Console
 
-from ..config import Long, LossOn, Thinking
+from ..config import Long, LossOn, Objective, Thinking
 from .output import JsonOpt, QuietOpt
 
 _KINDS = "jsonl (.gz, .zst), json, csv, tsv, parquet, txt, md, a saved data set, or a directory"
@@ -22,6 +22,10 @@ def check(
     ] = None,
     eval_data: Annotated[
         Path | None, typer.Option("--eval", help="Records held out: checked, and compared with.")
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="What the records are for: sft, dpo, kto, orpo or grpo; else as found."),
     ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens per example.")] = 2048,
     show: Annotated[int, typer.Option(help="Print so many samples, marked by what counts.")] = 0,
@@ -52,8 +56,9 @@ def check(
         ("--long", long, Long),
         ("--loss-on", loss_on, LossOn),
         ("--thinking", thinking, Thinking),
+        ("--objective", objective, Objective),
     ):
-        if value not in get_args(allowed):
+        if value is not None and value not in get_args(allowed):
             raise typer.BadParameter(f"{name}: wanted {', '.join(get_args(allowed))}, got {value}")
     if show and model is None:
         raise typer.BadParameter("--show wants --model: samples are tokens")
@@ -71,7 +76,13 @@ def check(
     tokenizer = None if model is None else load_tokenizer(model)
     rules = Rules(max_length, loss_on, long, thinking)  # type: ignore[arg-type]
     verdict = check_data(
-        data, tokenizer, eval_data=eval_data, rules=rules, detector=detector, show=show
+        data,
+        tokenizer,
+        eval_data=eval_data,
+        rules=rules,
+        detector=detector,
+        show=show,
+        objective=objective,
     )
     values: dict[str, Any] = verdict.to_dict()
     console = Console(highlight=False)

@@ -18,7 +18,8 @@ def train(
     data: Annotated[Path | None, typer.Option(help="jsonl file.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory of the adapter.")] = None,
     objective: Annotated[
-        str | None, typer.Option(help="sft (default), or preferences: dpo, kto, orpo.")
+        str | None,
+        typer.Option(help="sft (default), preferences: dpo, kto, orpo, or rewards: grpo."),
     ] = None,
     preset: Annotated[
         str | None,
@@ -116,6 +117,7 @@ def train(
         f"{result.seconds:.0f} s",
         *loss_lines(result.held_out_loss_before, result.held_out_loss_after),
         *loss_lines(result.held_out_margin_before, result.held_out_margin_after, "margin"),
+        *loss_lines(result.held_out_reward_before, result.held_out_reward_after, "reward"),
         f"adapter: {result.output}",
     ]
     out.result(values, lines)

@@ -2,6 +2,7 @@
 """A small tokenizer, small models of both kinds, and adapters that do something."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modeling_dsv4 import Dsv4Config, Dsv4ForCausalLM
+from modeling_dsv4.chat import FORMATS
 from modeling_dsv4.storage import Fp8GroupedLinear, Fp8Linear, PackedExperts
 
 SPECIALS = ["<bos>", "<eos>", "<pad>", "<|user|>", "<|assistant|>"]
@@ -54,6 +56,33 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
+
+
+@pytest.fixture(scope="session")
+def thinker() -> PreTrainedTokenizerFast:
+    """Bytes and V4's markers: a token is a letter or a marker."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    raw = Tokenizer(models.BPE({piece: i for i, piece in enumerate(sorted(letters))}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    form = FORMATS["v4"]
+    raw.add_special_tokens(list(form.markers()))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=form.bos, eos_token=form.eos)
+
+
+@pytest.fixture
+def short_run(tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run of eight steps, all of it kept in its folder."""
+    return {
+        "model": "m",
+        "output": str(tmp_path / "out"),
+        "max_steps": 8,
+        "eval_steps": 4,
+        "save_steps": 4,
+        "logging_steps": 1,
+        "report_to": "none",
+        "keep_best": False,
+    }
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from finetune.config import Long
@@ -14,18 +13,6 @@ from finetune.records import Record
 from modeling_dsv4.chat import FORMATS
 
 SYSTEM = {"role": "system", "content": "rules"}
-
-
-@pytest.fixture(scope="module")
-def thinker() -> PreTrainedTokenizerFast:
-    """Bytes and V4's markers: a token is a letter or a marker."""
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    raw = Tokenizer(models.BPE({piece: i for i, piece in enumerate(sorted(letters))}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    form = FORMATS["v4"]
-    raw.add_special_tokens(list(form.markers()))
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=form.bos, eos_token=form.eos)
 
 
 def _chat(*texts: str, system: bool = False, reasons: bool = False, tools: Any = None) -> Record:

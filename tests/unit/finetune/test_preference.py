@@ -24,12 +24,11 @@ from finetune.config import RunConfig
 from finetune.overfit_gate import run_gate
 from finetune.preference import (
     answer_log_prob,
-    encode_answer,
     held_out_margin,
     prepare_preferences,
-    read_preferences,
     split_answer,
 )
+from finetune.preference_records import encode_answer
 from finetune.records import Record
 from finetune.trainer import make_trainer
 
@@ -44,7 +43,7 @@ def _write(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 @pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., RunConfig]:
+def make_run(tmp_path: Path, short_run: dict[str, Any]) -> Callable[..., RunConfig]:
     lines = [
         {
             "prompt": f"meter {i}" * (1 + i % 3),
@@ -54,24 +53,10 @@ def make_run(tmp_path: Path) -> Callable[..., RunConfig]:
         for i in range(16)
     ]
     data = _write(tmp_path / "pairs.jsonl", lines)
+    own = {"data": str(data), "batch_size": 4, "learning_rate": 1e-2, "eval_fraction": 0.25}
 
     def make(objective: str, **changes: Any) -> RunConfig:
-        values = {
-            "model": "m",
-            "data": str(data),
-            "output": str(tmp_path / "out"),
-            "objective": objective,
-            "max_steps": 8,
-            "batch_size": 4,
-            "learning_rate": 1e-2,
-            "eval_fraction": 0.25,
-            "eval_steps": 4,
-            "save_steps": 4,
-            "logging_steps": 1,
-            "report_to": "none",
-            "keep_best": False,
-        }
-        return RunConfig(**values | changes)
+        return RunConfig(**short_run | own | {"objective": objective} | changes)
 
     return make
 
@@ -204,26 +189,6 @@ def test_answers_are_encoded_as_in_supervised_runs(
         encode_answer(pair, "chosen", tokenizer, 3)
 
 
-@pytest.mark.parametrize(
-    ("line", "objective", "message"),
-    [
-        (
-            {"prompt": "a", "chosen": "b"},
-            "dpo",
-            "line 1: wanted prompt, chosen, rejected, got",
-        ),
-        ({"prompt": "a", "completion": "b", "label": 1}, "kto", "`label`: wanted true or false"),
-        ({"prompt": [], "chosen": "b", "rejected": []}, "dpo", "wanted messages, as the prompt is"),
-        ({"prompt": "a", "chosen": [], "rejected": "c"}, "orpo", "`chosen`: wanted text, got list"),
-        ({"prompt": [], "chosen": [], "rejected": []}, "dpo", "wanted one assistant message"),
-        ([], "dpo", "wanted an object, got list"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path: Path, line: Any, objective: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_preferences(_write(tmp_path / "x.jsonl", [line]), objective)
-
-
 def test_rated_answers_serve_kto_and_packing_is_refused(
     tokenizer: PreTrainedTokenizerFast, make_run: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
@@ -234,23 +199,6 @@ def test_rated_answers_serve_kto_and_packing_is_refused(
     assert [prepared.train[i]["label"] for i in range(6)] == [True, False] * 3
     with pytest.raises(ValueError, match="packing: wanted false for objective kto"):
         prepare_preferences(dataclasses.replace(config, packing=True), tokenizer)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        {"prompt": [{"role": "user", "content": "q"}], "chosen": ["hi"], "rejected": ["ho"]},
-        {"prompt": "p", "chosen": "x", "rejected": "x"},
-        {"prompt": "p", "chosen": " ", "rejected": "x"},
-    ],
-)
-def test_all_bad_pairs_are_counted(tmp_path: Path, line: dict[str, Any]) -> None:
-    good = {"prompt": "a\u2028b", "chosen": "x", "rejected": "y"}
-    file = tmp_path / "x.jsonl"
-    lines = [json.dumps(one, ensure_ascii=False) for one in [good, *[line] * 7]]
-    file.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"jsonl: line 2: .*line 6: .*and 2 more lines"):
-        read_preferences(file, "dpo")
 
 
 def test_the_divergence_is_measured_on_answers_to_other_prompts(

@@ -149,15 +149,21 @@ def test_overlap_of_a_split_is_of_near_repeats(
     assert not letters(data.train) & letters(data.held_out)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"on_bad": "skip"}, {"long": "split"}, {"eval_data": "x"}, {"drop_overlap": True}]
-)
+@pytest.mark.parametrize("changes", [{"long": "split"}, {"packing": True}])
 def test_settings_of_supervised_data_are_refused_for_preferences(
     tokenizer: PreTrainedTokenizerFast, changes: dict[str, Any]
 ) -> None:
     name = next(iter(changes))
     with pytest.raises(ValueError, match=f"{name}: wanted .* for objective dpo, got"):
         prepare_data(_config("d.jsonl", objective="dpo", **changes), tokenizer)
+
+
+def test_pairs_are_no_texts_whose_loss_could_be_evaluated(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    config = _config("d.jsonl", objective="kto")
+    with pytest.raises(ValueError, match="wanted a supervised run, got objective kto"):
+        build_held_out(config, "d.jsonl", tokenizer)
 
 
 def test_a_held_out_file_is_part_of_the_fingerprint(

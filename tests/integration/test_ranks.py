@@ -33,6 +33,7 @@ from finetune.interruption import Interrupted
 from finetune.ranks import check_same, deal, join_ranks, own_rank
 from finetune.running import train
 from modeling_dsv4 import Dsv4Config, Dsv4ForCausalLM
+from modeling_dsv4.engram_hash import build_token_map
 from quantize.config import get_recipe
 from quantize.convert import convert
 
@@ -50,7 +51,15 @@ EQUAL: dict[str, dict[str, Any]] = {
     },
     "shards": {"max_steps": 3},
     "codes in shards": {"model": "codes", "max_steps": 2, "packing": True, "max_length": 48},
+    "memory": {"model": "memory", "preset": "memory", "memory_rows": 24},
 }
+ALONE: tuple[dict[str, Any], ...] = (
+    {"layer_schedule": "layer-major"},
+    {"train_indexer": True},
+    {"objective": "grpo", "group_size": 2},
+)
+# Preferences: of 5 held-out pairs, and of 10 rated answers, processes have unequal parts.
+PREFER = {name: {"objective": name, "max_steps": 2} for name in ("dpo", "kto", "orpo")}
 # As `accelerate launch --config_file examples/accelerate/fsdp2.yaml` says it to its processes.
 SHARDS = {
     "ACCELERATE_USE_FSDP": "true",
@@ -69,8 +78,9 @@ LOAD = {"busiest_expert", "idle_experts"}
 
 def make_run(base: Path, output: Path, **changes: Any) -> RunConfig:
     changes["model"] = str(base / changes.get("model", "plain"))
+    data = "pairs.jsonl" if "objective" in changes else "data.jsonl"
     values = {
-        "data": str(base / "data.jsonl"),
+        "data": str(base / data),
         "output": str(output),
         "rank": 2,
         "eval_fraction": 0.2,
@@ -184,7 +194,7 @@ def main(base: Path, out: Path) -> None:
 
     sys.addaudithook(watch)
     ends: dict[str, Any] = {"dealt": deal(range(5))}
-    for name, changes in EQUAL.items():
+    for name, changes in (EQUAL | PREFER).items():
         if "shards" not in name:
             ends[name] = train(make_run(base, out / name, **changes)).to_dict()
     drops = make_run(base, out / "whole", dropout=0.3)
@@ -198,7 +208,7 @@ def main(base: Path, out: Path) -> None:
     ends["finished"] = train(stopped, resume=True).steps
     ends["full"] = fail_to_write(replace(drops, output=str(out / "full")))
     ends["differs"] = try_run(lambda: check_same(rank, "data"))
-    for setting in ({"layer_schedule": "layer-major"}, {"train_indexer": True}):
+    for setting in ALONE:
         config = make_run(base, out / "refused", **setting)
         ends[f"refused {next(iter(setting))}"] = try_run(lambda c=config: train(c))
     run_shards(base, out, ends)
@@ -250,12 +260,47 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         Dsv4ForCausalLM(config).save_pretrained(folder / "plain")
     convert(folder / "plain", folder / "codes", get_recipe("fp4"))
+    _save_memory_model(folder / "memory", folder / "plain", config)
     lines = [
         {"prompt": f"meter {i}", "completion": " lasts" + f" {i * i}" * (1 + i * i % 5)}
         for i in range(44)
     ]
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs = [
+        {"prompt": f"meter {i}", "chosen": f" lasts {i}" * (1 + i % 3), "rejected": f" ends{i}" * 2}
+        for i in range(24)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return folder
+
+
+def _save_memory_model(folder: Path, like: Path, config: Dsv4Config) -> None:
+    """A model with Engram tables, of V4.1's kind, and the tokenizer of another."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(like)
+    token_map = build_token_map(tokenizer, config.vocab_size)
+    values = config.to_dict() | {
+        "compress_ratios": [0, 2],
+        "compressor_overlap_ratio": None,
+        "compressor_position_bias": False,
+        "kv_source_layer_ids": [1],
+        "index_source_layer_ids": [1],
+        "index_key": "latent",
+        "index_hadamard": False,
+        "q_head_norm": False,
+        "hc_single_pass": True,
+        "router_weight_eps": 1e-20,
+        "engram_layer_ids": [0],
+        "engram_vocab_size": 4000,
+        "engram_n_heads": 2,
+        "engram_head_dim": 16,
+        "engram_compressed_vocab_size": int(token_map.max()) + 1,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Dsv4ForCausalLM(Dsv4Config.from_dict(values))
+    model.set_engram_token_map(token_map)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +316,7 @@ def out(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=os.environ | more,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -304,6 +349,26 @@ def test_two_processes_learn_what_one_does(
     for mine, theirs in zip(*logs, strict=True):
         for key in mine.keys() & {"step", "loss", "eval_loss", "grad_norm", "tokens"} | LOAD:
             assert theirs.get(key, 0) == pytest.approx(mine.get(key, 0), 1e-4), key
+
+
+@pytest.mark.parametrize("name", PREFER)
+def test_held_out_preferences_count_once_however_many_processes_share_them(
+    base: Path, out: Path, ends: list[dict[str, Any]], tmp_path: Path, name: str
+) -> None:
+    config = make_run(base, tmp_path / "one", **PREFER[name])
+    one = train(replace(config, accumulation=2 * config.accumulation))
+    assert one.held_out_data["examples"] == 10
+    logs = [read_log(folder / "log.jsonl") for folder in (tmp_path / "one", out / name)]
+    held = [[entry for entry in log if "eval_loss" in entry] for log in logs]
+    assert len(held[0]) == len(held[1]) == 1
+    for key in held[0][0].keys() - {"time", "epoch", "eval_num_tokens"}:
+        assert held[1][0][key] == pytest.approx(held[0][0][key], rel=1e-4, abs=1e-5), key
+    assert "eval_rewards/margins" in held[0][0] or name != "dpo"
+    for two in ends:
+        assert two[name]["held_out_margin_after"] == pytest.approx(one.held_out_margin_after, 1e-4)
+    expected, got = load_file(tmp_path / "one" / ADAPTER), load_file(out / name / ADAPTER)
+    for key, tensor in expected.items():
+        assert (got[key] - tensor).abs().max() < CLOSE, key
 
 
 def test_a_signal_to_one_process_stops_both_and_both_go_on(
@@ -384,7 +449,7 @@ def test_the_first_process_alone_writes(ends: list[dict[str, Any]]) -> None:
 
 def test_what_wants_one_process_says_so(ends: list[dict[str, Any]]) -> None:
     for two in ends:
-        for setting in ("layer_schedule", "train_indexer"):
+        for setting in (next(iter(one)) for one in ALONE):
             assert re.match(f"NotImplementedError: {setting}.*got 2", two[f"refused {setting}"])
 
 

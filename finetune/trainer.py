@@ -69,6 +69,9 @@ class RunTrainer(SafeCheckpoints, MeasuredTrainer):
             )
         return self.optimizer
 
+    def _send_telemetry(self) -> None:
+        """Nothing: TRL would tell the Hub of every trainer that is made."""
+
     def learn_alone(self, batch: dict[str, Any]) -> float:
         """Loss of one batch outside of the training loop; its gradient is added to what is there.
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """After training: evaluation with tasks and forgetting, the report, and all of it without a net."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -132,6 +133,28 @@ print("ALONE")
 """
 
 
+def _preference_commands(base: Path, folder: Path) -> list[list[object]]:
+    """Runs of two steps with pairs and with rewards, where TRL is installed."""
+    if importlib.util.find_spec("trl") is None:
+        return []
+    rows = {
+        "dpo": [{"prompt": f"q{i}", "chosen": f"a{i}", "rejected": "b"} for i in range(8)],
+        "grpo": [{"prompt": f"q{i}", "regex": "[a-z]"} for i in range(8)],
+    }
+    short = {"max_steps": 2, "batch_size": 2, "group_size": 2, "max_new_tokens": 2, "rank": 2}
+    (folder / "short.yaml").write_text("".join(f"{k}: {v}\n" for k, v in short.items()))
+    commands: list[list[object]] = []
+    for name, lines in rows.items():
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        words = ["--objective", name, "--output", folder / name, "--quiet"]
+        commands += [
+            ["check", data, "--model", base, "--objective", name],
+            ["train", "--config", folder / "short.yaml", "--model", base, "--data", data, *words],
+        ]
+    return commands
+
+
 def test_everything_runs_on_a_machine_without_a_network(base: Path, tmp_path: Path) -> None:
     home, output = base.parent, tmp_path / "adapter"
     data = home / "data.jsonl"
@@ -144,6 +167,10 @@ def test_everything_runs_on_a_machine_without_a_network(base: Path, tmp_path: Pa
          "--max-new-tokens", 2, "--save", "--quiet"],
         ["merge", "--model", base, "--adapter", output, "--output", tmp_path / "m", "--quiet"],
         ["report", output],
+        ["inspect", output],
+        ["lr-find", "--model", base, "--data", data, "--steps", 10, "--output", tmp_path / "lr",
+         "--quiet"],
+        *_preference_commands(base, tmp_path),
     ]  # fmt: skip
     lines = "\n".join("\t".join(map(str, words)) for words in commands)
     unshared = ["unshare", "-rn"] if _can_unshare() else []

@@ -31,7 +31,7 @@ GOALS: list[tuple[str, str, float]] = [
     ("kernel_streams", r"^mHC", FUSED),
     ("kernel_streams", r"^(pool|Engram)", BYTES),
     ("kernel_experts", r"^(decode|linear)", BYTES),
-    ("kernel_experts", r"^(prefill|forward)", PRODUCTS),
+    ("kernel_experts", r"^(prefill|forward|projections)", PRODUCTS),
     ("kernel_attention", r"^(window|CSA|HCA)$", PRODUCTS),
 ]
 

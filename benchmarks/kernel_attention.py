@@ -58,6 +58,10 @@ INDEXER = [
 ]
 
 
+# S queries of one row over T entries, of which blocks of so many entries are candidates.
+CANDIDATES = (512, 131072, 64, 128)
+
+
 class Inputs(NamedTuple):
     """Arguments of `attend`, and keys and entries a query reads."""
 
@@ -185,6 +189,30 @@ def indexer_rows(b: int, s: int, t: int, packed: bool, limits: Limits) -> Iterat
     yield Row("index choice", size, moved, flops, limits.floor_us(moved, flops), us, theirs)
 
 
+def candidate_row(
+    s: int, t: int, blocks: int, group: int, limits: Limits, device: str = "cuda", k: int = TOP_K
+) -> Row:
+    """Measure scores and choice inside each query's candidate blocks."""
+    from modeling_dsv4.kernels import indexer
+
+    query = torch.randn(1, s, INDEX_HEADS, INDEX_CHANNELS, dtype=HALF, device=device)
+    keys = torch.randn(1, t, INDEX_CHANNELS, dtype=HALF, device=device)
+    weight = torch.randn(1, s, INDEX_HEADS, device=device)
+    dice = torch.rand(1, s, t // group, device=device)
+    starts = dice.topk(blocks).indices.sort(-1).values.int() * group
+    first = torch.zeros(1, s, dtype=torch.int32, device=device)
+    flops = 2.0 * s * blocks * group * INDEX_HEADS * INDEX_CHANNELS
+    moved = _bytes(query, keys, weight, starts) + 4 * s * k
+    us = time_us(
+        lambda: indexer.choose(
+            query, keys, weight, first, first + t, k, candidates=starts, group=group
+        )
+    )
+    size = f"B1 S{s} T{t}, {blocks} x {group}"
+    return Row("index choice inside candidates", size, moved, flops, limits.floor_us(moved, flops),
+               us, None, f"{flops / us * 1e-6:.0f} TFLOP/s")  # fmt: skip
+
+
 def sweep(limits: Limits) -> Iterator[Row]:
     """Other tiles of sparse prefill, then of decoding."""
     from modeling_dsv4.kernels.attention import Tile, attend
@@ -232,6 +260,8 @@ def main(
         rows = [attention_row(x, limits) for x in (ATTENTION[1:5:3] if quick else ATTENTION)]
         for some in INDEXER[:3:2] if quick else INDEXER:
             rows += indexer_rows(*some, limits)
+        if not quick:
+            rows.append(candidate_row(*CANDIDATES, limits))
     table(rows, f"V4-Flash: {HEADS} heads x {CHANNELS}, window {WINDOW}, top-k {TOP_K}, bfloat16")
     write(output, limits, rows)
 

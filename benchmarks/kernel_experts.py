@@ -24,6 +24,7 @@ import torch
 import typer
 from gpu_limits import Limits, Row, time_us
 
+from modeling_dsv4 import ops
 from modeling_dsv4.moe import Dsv4Experts, ExpertsBase
 from modeling_dsv4.storage import Fp8Linear, PackedExperts
 from quantize.experts import StoredExperts
@@ -109,6 +110,26 @@ def measure(
     kernel, reference = both(module, run, 3 if n > 16 else 10)
     shape = f"{n} x {K} of {experts}"
     return Row(name, shape, moved, flops, limits.floor_us(moved, flops), kernel, reference)
+
+
+def measure_grouped(
+    name: str, module: ExpertsBase, given: tuple[torch.Tensor, ...], limits: Limits
+) -> Row:
+    """Both projections of sorted rows one by one, as adapters beside them want it."""
+    x, index, _ = given
+    rows = ops.group_by_expert(index, module.num_experts)
+    x = x[rows.token]
+    u = torch.randn(len(x), module.intermediate_size, dtype=x.dtype, device=x.device)
+    module.kernels = "triton"
+    pair = module.grouped(x, index)
+    assert pair is not None
+    us = time_us(lambda: (pair[0](x), pair[1](u)))
+    module.kernels = "auto"
+    flops = 6.0 * len(x) * module.hidden_size * module.intermediate_size
+    hit = sum(count > 0 for count in rows.counts) / module.num_experts
+    moved = hit * sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    return Row(f"projections {name}, one by one", f"{len(x)} rows", moved, flops,
+               limits.floor_us(moved, flops), us)  # fmt: skip
 
 
 def fp8_linear(block: int) -> Fp8Linear:
@@ -206,6 +227,7 @@ def measure_stored(limits: Limits, quick: bool, tuned: bool) -> list[Row]:
                 tune_stored(module)
             rows += [measure(f"decode {name}", module, n, limits) for n in (1, 8)]
             rows.append(measure(f"prefill {name}", module, PREFILL, limits))
+            rows.append(measure_grouped(name, module, tokens(PREFILL, E), limits))
         if not quick:
             rows.append(
                 measure(f"forward + backward {name}", module, PREFILL, limits, backward=True)
@@ -273,6 +295,7 @@ def measure_own(limits: Limits, quick: bool, tuned: bool) -> list[Row]:
     with torch.no_grad():
         rows += [measure("decode fp4", packed, n, limits) for n in (1, 8)]
         rows.append(measure("prefill fp4", packed, PREFILL, limits))
+        rows.append(measure_grouped("fp4", packed, tokens(PREFILL, E), limits))
     if not quick:
         rows.append(measure("prefill fp4, large groups", packed, PREFILL, limits, FEW))
         rows.append(measure("forward + backward fp4", packed, PREFILL, limits, backward=True))

@@ -92,6 +92,25 @@ def test_rows_beside_the_layers_are_measured(tmp_path: Path) -> None:
     assert all(row["us"] > 0 and row["torch_us"] > 0 for row in rows.values())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+def test_single_kernels_that_whole_passes_do_not_show_are_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    attention = importlib.import_module("kernel_attention")
+    experts = importlib.import_module("kernel_experts")
+    limits = experts.Limits(1e9, 1e9, "none")
+    for name, value in (("INDEX_HEADS", 2), ("INDEX_CHANNELS", 16), ("HALF", torch.float32)):
+        monkeypatch.setattr(attention, name, value)
+    row = attention.candidate_row(3, 32, 2, 4, limits, "cpu", 3)
+    assert row.us > 0 and row.flops == 2 * 3 * 2 * 4 * 2 * 16
+    module = experts.packed_experts(4, 32, 16, "cpu")
+    given = torch.randn(3, 32), torch.tensor([[0, 1], [1, 2], [0, 1]]), torch.rand(3, 2)
+    row = experts.measure_grouped("fp4", module, given, limits)
+    assert row.us > 0 and row.flops == 6 * 6 * 32 * 16
+    assert row.bytes == 3 / 4 * sum(p.nbytes for p in module.parameters())
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_prefill_says_where_transformers_has_no_v4(
     native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

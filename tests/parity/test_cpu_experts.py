@@ -145,8 +145,10 @@ def test_a_nan_stays_in_its_row(m: int) -> None:
     assert found[0].isnan().all() and found[1:].isfinite().all()
 
 
-def test_codes_of_fp8_that_are_nan_are_nan() -> None:
-    experts = stored((128, 32), "fp8_rows32", "fp8_rows32", None)
+@pytest.mark.parametrize("width", [32, 128])
+def test_codes_of_fp8_that_are_nan_are_nan(width: int) -> None:
+    # One at a time, and in blocks.
+    experts = stored((128, width), "fp8_rows32", "fp8_rows32", None)
     codes = experts.layout.of(0).decode(experts.packed[0])["down_proj"][""].view(torch.uint8)
     codes[5, 3], codes[9, 31] = 0x7F, 0xFF
     for m in (1, 6):
@@ -169,6 +171,21 @@ def test_threads_and_inputs_that_are_not_contiguous_change_no_bit() -> None:
                 assert all(torch.equal(found[0], other) for other in found[1:])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["fp4", "int4", "int2"])
+def test_a_row_is_the_same_beside_rows_that_need_more_bits(name: str) -> None:
+    experts = stored(SIZES[0], name, name, LIMIT)
+    x, weights = torch.randn(2, SIZES[0][0]), torch.rand(2)
+    # The first is made of bfloat16; the second is not, by one number.
+    x = x.bfloat16().float()
+    x[1, 77] *= 1 + 2.0**-12
+    both = experts.run_expert(0, x, weights)
+    for i in range(2):
+        alone = experts.run_expert(0, x[i : i + 1], weights[i : i + 1])
+        assert torch.equal(both[i : i + 1], alone)
+    change = both[1] - experts.run_expert(0, x.bfloat16().float(), weights)[1]
+    assert change.abs().max() > 0
 
 
 def test_torchs_defaults_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

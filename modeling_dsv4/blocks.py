@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -33,7 +33,7 @@ class Pass:
     `engram_rows[i]` [B, S, P] table rows of the i-th Engram layer. `live` [B, S]: false on images.
     `stores_only`: the layer that leaves keys and entries for later tokens and computes nothing
     else, because nobody reads what these tokens become there; the layers behind it are not run.
-    `attentions`: whether attention records its probabilities.
+    `attentions`: whether attention records its probabilities. `moved`: what `to` made so far.
     """
 
     segments: Segments
@@ -44,6 +44,25 @@ class Pass:
     live: torch.Tensor | None = None
     stores_only: int | None = None
     attentions: bool = False
+    moved: dict[torch.device, Pass] = field(default_factory=dict, repr=False)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Pass:
+        """The same for layers on another device; once for all of them, accelerate asks at each."""
+        there = torch.device(device)
+        if there == self.segments.row.device:
+            return self
+        if there not in self.moved:
+            tensors = {
+                name: None if value is None else value.to(there, non_blocking=non_blocking)
+                for name in ("input_ids", "token_types", "engram_rows", "live")
+                for value in [getattr(self, name)]
+            }
+            turns = {k: x.to(there, non_blocking=non_blocking) for k, x in self.turns.items()}
+            segments = self.segments.to(there)
+            # A copy that is moved on finds what was made before, itself too.
+            new = replace(self, segments=segments, turns=turns, **tensors)
+            self.moved |= {self.segments.row.device: self, there: new}
+        return self.moved[there]
 
 
 class Dsv4DecoderLayer(GradientCheckpointingLayer):

@@ -110,6 +110,10 @@ class PackedRows:
     def device(self) -> torch.device:
         return self.data.device
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedRows:
+        """The same on another device, for a layer there that reads another one's rows."""
+        return PackedRows(self.data.to(device, non_blocking=non_blocking), self.codec, self.dtype)
+
     def __getitem__(self, at: tuple[slice, slice]) -> torch.Tensor:
         """Rows `[:, low:high]` as numbers [B, high - low, C]."""
         return self.codec.decode(self.data[at], self.dtype)

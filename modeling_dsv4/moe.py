@@ -342,4 +342,5 @@ class Dsv4MoE(nn.Module):
     def foresee(self, input_ids: torch.Tensor) -> None:
         """Tell the experts what the tokens [...] will want, where ids alone decide it."""
         if self.gate.hashed:
-            self.experts.foresee(self.gate.tid2eid[input_ids.flatten()])
+            table = self.gate.tid2eid
+            self.experts.foresee(table[input_ids.flatten().to(table.device)])

@@ -16,7 +16,8 @@ local               0 1 2   0 1
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -76,6 +77,21 @@ class Segments:
         self.fresh = False  # one unpadded document a row, from its first token on
         self.step = False  # one column a row, in shapes that no data decides
         self._windows: dict[int, Windows] = {}
+
+    def to(self, device: torch.device) -> Segments:
+        """The same places on another device; `state` is read there, and changed here alone."""
+        out, state = copy.copy(self), self.state
+        for name in ("row", "start", "position", "local", "count"):
+            setattr(out, name, getattr(self, name).to(device))
+        out.columns = None if self.columns is None else self.columns.to(device)
+        entries = {ratio: x.to(device) for ratio, x in state.entries.items()}
+        counters = (x.to(device) for x in (state.seen, state.start, state.offset))
+        out.state = RowState(*counters, entries, state.blank)
+        out._windows = {
+            ratio: Windows(*(getattr(found, f.name).to(device) for f in fields(Windows)))
+            for ratio, found in self._windows.items()
+        }
+        return out
 
     @property
     def valid(self) -> torch.Tensor:

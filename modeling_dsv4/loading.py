@@ -97,6 +97,7 @@ class PretrainedLoading(_Base):
             prefetch=prefetch,
             engram_memory=engram_memory,
         )
+        _check_devices(kwargs.get("device_map"))
         _heed_max_memory(config, kwargs)
         _check_method(config)
         reporting = bool(kwargs.get("output_loading_info"))
@@ -235,12 +236,28 @@ def _set_budgets(config: PreTrainedConfig, **budgets: str | int | None) -> None:
     stored.update(given)
 
 
+def _check_devices(device_map: Any) -> None:
+    """Refuse a GPU that is not there, before anything is read: torch's own words name no device."""
+    named = device_map.values() if isinstance(device_map, dict) else [device_map]
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for name in named:
+        word = f"cuda:{name}" if isinstance(name, int) else str(name)
+        kind, _, number = word.partition(":")
+        if kind == "cuda" and int(number or 0) >= there:
+            raise ValueError(
+                f"device_map: wanted a device that is here, got {name!r}, found {there} CUDA "
+                'devices; leave device_map out, or give "auto" or "cpu"'
+            )
+
+
 def _heed_max_memory(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
     """Leave out GPUs that are not there, and hand the limits to what places experts."""
     given = kwargs.get("max_memory")
     if not given:
         return
     there = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    # A number may come as a word, from a command line or a file.
+    given = {int(k) if str(k).isdigit() else k: v for k, v in given.items()}
     given = {k: v for k, v in given.items() if not isinstance(k, int) or k < there}
     kwargs["max_memory"] = given or None
     stored = getattr(config, "quantization_config", None)

@@ -150,7 +150,7 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         self.engram_memory = None if engram_memory is None else parse_size(engram_memory)
         given = expert_device_memory
         self.expert_device_memory = None if given is None else parse_size(given)
-        self.cold_experts = cold_experts
+        self.cold_experts = one_of("cold_experts", cold_experts, ("device", "host", "auto"))
         self.expert_reads = one_of("expert_reads", expert_reads, ("auto", "direct", "cached"))
         self.prefetch = one_of("prefetch", prefetch, ("off", "next-layer", "same-layer"))
         self.max_memory = {k: parse_size(v) for k, v in (max_memory or {}).items()}

@@ -17,9 +17,10 @@ What the CPU computes differs from the GPU by rounding, so with a `host_share` i
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,6 +43,8 @@ Pairs = list[int] | torch.Tensor
 _WAVE = 8
 # With more tokens than this an expert is used often enough to be worth its copy.
 _FEW_TOKENS = 16
+# Experts that are copied and computed to see where they are best computed.
+_TRIED = 8
 
 
 @dataclass
@@ -147,7 +150,7 @@ class DeviceTier:
             self._uses[layer, e] += 1
         missing = [e for e in experts if (layer, e) not in self._places]
         over = len(missing) - len(self._free)
-        count = min(round(self.host_share * len(missing)), over)
+        count = min(balanced(self.host_share, len(missing)), over)
         if tokens > _FEW_TOKENS or count <= 0:
             return list(experts), []
         cold = set(sorted(missing, key=lambda e: self._uses[layer, e])[:count])
@@ -363,7 +366,7 @@ def host_share(cold_experts: str, module: StoredExperts, tier: DeviceTier) -> fl
 
     Args:
         cold_experts: "device" none, "host" all, "auto" so many that the CPU and the link end
-            together: one expert is copied, and computed in host memory, a few times each.
+            together: a few experts are copied, and computed in host memory, to see.
         module: one whose records the tier holds.
         tier: of it.
 
@@ -375,21 +378,45 @@ def host_share(cold_experts: str, module: StoredExperts, tier: DeviceTier) -> fl
     if cold_experts != "auto":
         raise ValueError(f"cold_experts: wanted device, host or auto, got {cold_experts!r}")
     x, weight = torch.zeros(1, module.hidden_size, dtype=torch.bfloat16), torch.ones(1)
-    with tier.store.record(module.layer, 0, last=False) as record, torch.no_grad():
-        slot = tier.slots[0, : len(record)]
-        copy = _seconds(lambda: slot.copy_(record), tier.device)
-        with module.reading(record):
-            host = _seconds(lambda: module.run_expert(0, x, weight), tier.device)
+    size = module.layout.largest
+    count = max(1, min(_TRIED, module.num_experts, tier.store.budget // size))
+    with ExitStack() as stack, torch.no_grad():
+        # Different ones: a record that was computed a moment ago lies in the processor's cache.
+        lend = (tier.store.record(module.layer, e, last=False) for e in range(count))
+        records = [stack.enter_context(one) for one in lend]
+
+        def compute(expert: int) -> None:
+            with module.reading(records[expert]):
+                module.run_expert(expert, x, weight)
+
+        def bring(expert: int) -> None:
+            tier.slots[0, : len(records[expert])].copy_(records[expert])
+
+        copy = _seconds(bring, count, tier.device)
+        host = _seconds(compute, count, tier.device)
     return copy / (copy + host)
 
 
-def _seconds(work: Any, device: torch.device, times: int = 5) -> float:
-    """Shortest of a few runs, the first not counted; waits for the device."""
+def balanced(share: float, missing: int) -> int:
+    """Of so many missing experts, how many the CPU takes so that the later of both ends soonest.
+
+    Args:
+        share: seconds of a copy, of those of a copy and of computing one on the CPU together.
+        missing: experts that are neither in a slot nor computed.
+    """
+    fewer = int(share * missing)
+    ends = {n: max(n * (1 - share), (missing - n) * share) for n in (fewer, fewer + 1)}
+    # Neither is better: the device computes as all others do.
+    return fewer if fewer == missing or ends[fewer] <= ends[fewer + 1] else fewer + 1
+
+
+def _seconds(work: Callable[[int], None], count: int, device: torch.device) -> float:
+    """Median time of work on each of some experts, the first not counted; waits for the device."""
     found = []
-    for _ in range(times + 1):
+    for expert in (0, *range(count)):
         begun = time.perf_counter()
-        work()
+        work(expert)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - begun)
-    return min(found[1:])
+    return statistics.median(found[1:])

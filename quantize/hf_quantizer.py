@@ -187,6 +187,11 @@ def attach(
     """
     modules = [(p, m) for p, m in model.named_modules() if isinstance(m, StoredExperts)]
     devices = {path: _device(model, path) for path, _ in modules}
+    if isinstance(device_memory, int) and all(d.type != "cuda" for d in devices.values()):
+        raise ValueError(
+            "expert_device_memory: wanted layers on a GPU (device_map), got a model in host "
+            "memory; leave it out, or give expert_memory"
+        )
     plain = [k for k in packs if not k.name.startswith("mtp.")]
     largest = max((pack.layout.largest for pack in packs), default=0)
     host = expert_memory

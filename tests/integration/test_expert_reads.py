@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from modeling_dsv4 import Dsv4ForCausalLM
+from quantize import hf_quantizer
 from quantize.config import get_recipe
 from quantize.convert import convert
 from quantize.experts import StoredExperts
@@ -160,7 +161,58 @@ def test_max_memory_limits_the_dense_part_and_experts_together(converted: Path) 
     assert left_of(nn.Linear(4, 4, bias=False), "cpu", 100) == 36
 
 
+def test_max_memory_takes_numbers_as_words(converted: Path) -> None:
+    limits = {"0": "28GiB", "cpu": 10**9}
+    model = load(converted, device_map="auto", max_memory=limits)
+    assert model.device.type == "cpu"
+    with pytest.raises(ValueError, match="wanted a size such as 2GiB"):
+        load(converted, device_map="auto", max_memory={"cpu": "-1GB"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+@pytest.mark.parametrize("place", ["cuda", "cuda:1", 0, {"model": "cpu", "": 1}])
+def test_a_gpu_that_is_not_there_is_named(converted: Path, place: object) -> None:
+    with pytest.raises(ValueError, match=r"device_map: .* found 0 CUDA devices"):
+        load(converted, device_map=place)
+    with pytest.raises(ValueError, match="expert_device_memory: wanted layers on a GPU"):
+        load(converted, expert_device_memory="1GiB")
+
+
+def test_layers_on_two_gpus_have_slots_of_their_own(
+    converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = record_bytes(converted)
+    model = load(converted, expert_memory=2 * size)
+    modules = [m for m in model.modules() if isinstance(m, StoredExperts)]
+    half = modules[len(modules) // 2].name
+    made: list[tuple[str, int]] = []
+
+    class Tier:
+        def __init__(self, _: ExpertStore, device: torch.device, budget: int) -> None:
+            self.device = device
+            made.append((str(device), budget))
+
+    names = [m.name for m in modules]
+    monkeypatch.setattr(hf_quantizer, "DeviceTier", Tier)
+    monkeypatch.setattr(
+        hf_quantizer,
+        "_device",
+        lambda _, path: torch.device("cuda", int(names.index(path) >= names.index(half))),
+    )
+    packs = [store_of(model).packs[m.layer] for m in modules]
+    limits = {"0": 3 * size, "1": 5 * size}
+    hf_quantizer.attach(model, packs, expert_memory=4 * size, device_memory=limits)
+    assert made == [("cuda:0", 3 * size), ("cuda:1", 5 * size)]
+    assert [m.tier.device.index for m in modules] == [
+        int(n >= names.index(half)) for n in range(len(modules))
+    ]
+    assert len({id(m.tier) for m in modules}) == 2
+    assert len({id(m.store) for m in modules}) == 1
+    assert store_of(model).budget == 4 * size
+
+
 @pytest.mark.parametrize(("option", "known"), [
+    ("cold_experts", "device, host, auto"),
     ("expert_reads", "auto, direct, cached"), ("prefetch", "off, next-layer, same-layer"),
 ])  # fmt: skip
 def test_unknown_words_are_refused(converted: Path, option: str, known: str) -> None:

@@ -14,7 +14,8 @@ import torch
 import quantize  # noqa: F401  registers the formats
 from modeling_dsv4.formats import get_format
 from modeling_dsv4.moe import Dsv4Experts
-from quantize.device_tier import DeviceTier, host_share
+from quantize import device_tier
+from quantize.device_tier import DeviceTier, balanced, host_share
 from quantize.experts import StoredExperts
 from quantize.pack import PackFile, PackLayout, PackWriter, pack_file_name
 from quantize.store import ExpertStore
@@ -243,6 +244,58 @@ def test_settings_are_checked(make: Callable[..., list[StoredExperts]]) -> None:
     assert host_share("device", module, module.tier) == 0
     assert host_share("host", module, module.tier) == 1
     assert 0 < host_share("auto", module, module.tier) < 1
+
+
+# Bytes/s of the link and of experts on the CPU, derived: a 5090 beside two and eight channels of
+# DDR5, a 3090 on PCIe 4 beside eight, a CPU without wide vectors, one as slow as a disk.
+MACHINES = {
+    "5090, 2 channels": (55e9, 48e9), "5090, 8 channels": (55e9, 180e9),
+    "3090, 8 channels": (26e9, 110e9), "5090, old CPU": (55e9, 12e9), "5090, disk": (55e9, 5e9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_cold_experts_go_where_measured_rates_end_soonest(
+    make: Callable[..., list[StoredExperts]], monkeypatch: pytest.MonkeyPatch, machine: str
+) -> None:
+    link, cpu = MACHINES[machine]
+    copy, host = 13.4e6 / link, 13.4e6 / cpu
+    times = iter((copy, host))
+    monkeypatch.setattr(device_tier, "_seconds", lambda *_: next(times))
+    module, _ = make(3)
+    assert module.tier is not None
+    share = host_share("auto", module, module.tier)
+    assert share == pytest.approx(link**-1 / (link**-1 + cpu**-1))
+    for missing in range(1, 13):
+        ends = [max(n * host, (missing - n) * copy) for n in range(missing + 1)]
+        assert ends[balanced(share, missing)] == pytest.approx(min(ends))
+    module.tier.host_share = share
+    module.tier._free.clear()
+    assert len(module.tier.split(0, list(range(6)), 1)[1]) == balanced(share, 6)
+
+
+def test_all_or_none_is_all_or_none() -> None:
+    assert [balanced(0, n) for n in range(5)] == [0] * 5
+    assert [balanced(1, n) for n in range(5)] == list(range(5))
+
+
+def test_rates_are_measured_on_different_records(
+    make: Callable[..., list[StoredExperts]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    plain = StoredExperts.run_expert
+
+    def note(self: StoredExperts, expert: int, *rest: torch.Tensor) -> torch.Tensor:
+        computed.append(expert)
+        return plain(self, expert, *rest)
+
+    monkeypatch.setattr(StoredExperts, "run_expert", note)
+    for records, wanted in ((4, {0, 1, 2, 3}), (1, {0})):
+        module, _ = make(3, records)
+        assert module.tier is not None
+        computed.clear()
+        host_share("auto", module, module.tier)
+        assert set(computed) == wanted
 
 
 def test_copies_of_a_model_share_the_memory(make: Callable[..., list[StoredExperts]]) -> None:

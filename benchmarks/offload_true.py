@@ -3,6 +3,7 @@
 
     python benchmarks/offload_true.py                    64 experts, 2 layers: 3 GB of disk, minutes
     python benchmarks/offload_true.py --experts 256      as many as V4-Flash has
+    python benchmarks/offload_true.py --attention 0.1 --prefetch same-layer    reads by guesses too
 
 Layers are as wide as V4-Flash (4096, experts of 2048 at FP4: 13.4 MB each); weights are drawn,
 packs written as they are, and routers choose nearly evenly: hit rates are those of no text.
@@ -10,6 +11,11 @@ Every row is a process of its own with direct reads. The ideal is the larger of 
 takes with all experts resident, and its bytes (/proc/self/io) at the rate that the same run
 measures: direct reads of 4 MiB, eight at a time. A prompt has to read each expert that is not
 there once. The program fails above 1.25 times the ideal per token, or 1.3 per prompt.
+
+How often a guess is right depends on how much attention changes what a router sees. Drawn weights
+change nearly all of it, so that there is nothing to guess; `--attention` scales what attention
+adds, and "guessed" says how many of the chosen experts were guessed then. A row with guesses has
+the bytes of the one without as its ideal: what is read in vain is no part of it.
 """
 
 import json
@@ -45,6 +51,7 @@ class Run:
     token_seconds: float
     token_bytes: float
     hit_rate: float
+    guessed: float
     rate_in_use: float
     resident: int
     grown: int
@@ -68,7 +75,9 @@ def config_of(layers: int, experts: int) -> Any:
 
 
 @torch.no_grad()
-def make_checkpoint(directory: Path, layers: int, experts: int, seed: int) -> int:
+def make_checkpoint(
+    directory: Path, layers: int, experts: int, seed: int, attention: float = 1.0
+) -> int:
     """Write a converted model with drawn weights; bytes of all experts."""
     from safetensors.torch import save_file
 
@@ -86,6 +95,8 @@ def make_checkpoint(directory: Path, layers: int, experts: int, seed: int) -> in
             state[name] = torch.randn(experts, config.hidden_size) / config.hidden_size**0.5
         elif name.endswith("e_score_correction_bias"):
             state[name] = torch.zeros(experts)
+        elif name.endswith("self_attn.o_b_proj.weight"):
+            state[name] = state[name] * attention
     del small
     directory.mkdir()
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
@@ -113,6 +124,30 @@ def of_process(file: str, key: str) -> int:
     return next(int(x.split()[1]) for x in lines if x.startswith(key))
 
 
+class Guesses:
+    """How many experts that a router chose were foreseen for its layer before."""
+
+    def __init__(self) -> None:
+        from quantize.store import ExpertStore
+
+        self.right = self.chosen = 0
+        told: dict[int, set[int]] = {}
+        foresee, announce = ExpertStore.foresee, ExpertStore.announce
+
+        def hear_guess(store: Any, layer: int, experts: list[int], sure: bool = True) -> None:
+            told[layer] = set(experts)
+            foresee(store, layer, experts, sure)
+
+        def hear_choice(store: Any, layer: int, experts: list[int]) -> None:
+            # Told once as the router speaks, and once more as the experts begin.
+            if (guess := told.pop(layer, None)) is not None:
+                self.right += len(guess.intersection(experts))
+                self.chosen += len(experts)
+            announce(store, layer, experts)
+
+        ExpertStore.foresee, ExpertStore.announce = hear_guess, hear_choice
+
+
 @torch.no_grad()
 def measure(
     directory: Path,
@@ -129,6 +164,7 @@ def measure(
     import quantize  # noqa: F401  (registers the storage method)
     from modeling_dsv4 import Dsv4ForCausalLM
 
+    guesses = Guesses()
     start = time.perf_counter()
     model = Dsv4ForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype), expert_memory=budget, prefetch=prefetch
@@ -167,6 +203,7 @@ def measure(
         token_seconds=token_seconds,
         token_bytes=(of_process("io", "read_bytes") - disk) / tokens,
         hit_rate=after["hits"] / uses if uses else 1.0,
+        guessed=guesses.right / guesses.chosen if guesses.chosen else 0.0,
         rate_in_use=after["bytes_read"] / busy if busy else 0.0,
         resident=stores[0].resident_bytes if stores else 0,
         grown=1024 * (of_process("status", "VmRSS") - rss),
@@ -195,32 +232,36 @@ def compare(directory: Path, total: int, shares: tuple[float, ...], **options: A
 
     packs = sorted(directory.glob("experts-*.safetensors"))
     os.sync()
-    resident = in_a_process(directory, total, **options)
-    rows, fine = Table(title="experts of 13.4 MB on disk"), True
-    for head in ("resident", "budget", "per token", "ideal", "ratio", "read per token", "hits",
-                 "rate in use / of the disk", "prompt", "ideal", "ratio", "first prompt",
+    ways = list(dict.fromkeys(("off", options.pop("prefetch"))))
+    resident = in_a_process(directory, total, prefetch="off", **options)
+    rows, fine, needed = Table(title="experts of 13.4 MB on disk"), True, 0.0
+    for head in ("resident", "guesses", "right", "per token", "ideal", "ratio", "read per token",
+                 "hits", "rate in use / of the disk", "prompt", "ideal", "ratio", "first prompt",
                  "RSS beside", "first token"):  # fmt: skip
         rows.add_column(head, justify="right")
-    for share in shares:
+    for share, way in ((share, way) for share in shares for way in ways):
         # Before and after: other users of the disk come and go.
         rates = [measure_disk(packs).rate]
-        run = in_a_process(directory, int(total * share), **options)
+        run = in_a_process(directory, int(total * share), prefetch=way, **options)
         rates.append(measure_disk(packs).rate)
         rate = sum(rates) / 2
-        ideal = max(resident.token_seconds, run.token_bytes / rate)
+        needed = run.token_bytes if way == "off" else needed
+        ideal = max(resident.token_seconds, needed / rate)
         missing = max(0, total - run.resident)
         prompt_ideal = max(resident.prompt_seconds, missing / rate)
         ratios = run.token_seconds / ideal, run.prompt_seconds / prompt_ideal
-        fine = fine and ratios[0] <= PER_TOKEN and ratios[1] <= PER_PROMPT
+        # What guesses are for is a row without them that fails.
+        fine = fine and ratios[1] <= PER_PROMPT and (way != ways[-1] or ratios[0] <= PER_TOKEN)
         rows.add_row(
-            f"{share:.3g}", format_size(int(total * share)), f"{1e3 * run.token_seconds:.1f} ms",
+            f"{share:.3g}, {format_size(int(total * share))}", way, f"{run.guessed:.2f}",
+            f"{1e3 * run.token_seconds:.1f} ms",
             f"{1e3 * ideal:.1f} ms", f"{ratios[0]:.2f}", format_size(int(run.token_bytes)),
             f"{run.hit_rate:.2f}", f"{run.rate_in_use / 1e9:.2f} / {rate / 1e9:.2f} GB/s",
             f"{run.prompt_seconds:.2f} s", f"{prompt_ideal:.2f} s", f"{ratios[1]:.2f}",
             f"{run.first_prompt_seconds:.2f} s", format_size(max(0, run.grown - run.resident)),
             f"{run.first_token_seconds:.1f} s",
         )  # fmt: skip
-    console = Console(width=170)
+    console = Console(width=190)
     console.print(rows)
     console.print(
         f"all resident: {1e3 * resident.token_seconds:.1f} ms per token, "
@@ -236,7 +277,8 @@ def main(
     prompt: int = 2048,
     tokens: int = 32,
     threads: int = 2,
-    prefetch: Annotated[str, typer.Option(help="off, or next-layer")] = "off",
+    prefetch: Annotated[str, typer.Option(help="off, next-layer, or same-layer")] = "off",
+    attention: Annotated[float, typer.Option(help="Scales what attention adds.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Of the dense part.")] = "float32",
     shares: Annotated[str, typer.Option(help="Of the experts resident.")] = "0.125,0.25,0.5",
     directory: Annotated[Path | None, typer.Option(help="On a real disk.")] = None,
@@ -253,7 +295,7 @@ def main(
         return
     with tempfile.TemporaryDirectory(dir=directory, prefix="offload-") as scratch:
         made = Path(scratch) / "model"
-        total = make_checkpoint(made, layers, experts, seed)
+        total = make_checkpoint(made, layers, experts, seed, attention)
         fine = compare(made, total, tuple(float(x) for x in shares.split(",")), **options)
     if not fine:
         raise SystemExit("above a limit")

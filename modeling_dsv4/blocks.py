@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -52,7 +52,7 @@ class Pass:
         if there == self.segments.row.device:
             return self
         if there not in self.moved:
-            tensors = {
+            tensors: dict[str, Any] = {
                 name: None if value is None else value.to(there, non_blocking=non_blocking)
                 for name in ("input_ids", "token_types", "engram_rows", "live")
                 for value in [getattr(self, name)]

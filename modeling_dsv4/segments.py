@@ -85,8 +85,8 @@ class Segments:
             setattr(out, name, getattr(self, name).to(device))
         out.columns = None if self.columns is None else self.columns.to(device)
         entries = {ratio: x.to(device) for ratio, x in state.entries.items()}
-        counters = (x.to(device) for x in (state.seen, state.start, state.offset))
-        out.state = RowState(*counters, entries, state.blank)
+        seen, start, offset = (x.to(device) for x in (state.seen, state.start, state.offset))
+        out.state = RowState(seen, start, offset, entries, state.blank)
         out._windows = {
             ratio: Windows(*(getattr(found, f.name).to(device) for f in fields(Windows)))
             for ratio, found in self._windows.items()

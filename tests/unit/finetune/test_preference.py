@@ -84,6 +84,23 @@ def test_the_margin_rises_on_held_out_pairs(
     assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".md"}
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_answer_is_on_the_side_that_its_line_says(
+    tokenizer: PreTrainedTokenizerFast, make_run: Callable[..., RunConfig], objective: str
+) -> None:
+    """Margins cannot tell: sides exchanged in training and in measuring would look alike."""
+    data = prepare_preferences(make_run(objective), tokenizer)
+    assert data.held_out is not None
+    for rows in (data.train, data.held_out):
+        for row in (rows[i] for i in range(len(rows))):
+            if objective == "kto":
+                sides = [(row["completion_ids"], row["label"])]
+            else:
+                sides = [(row["chosen_ids"], True), (row["rejected_ids"], False)]
+            for ids, wanted in sides:
+                assert tokenizer.decode(ids).startswith(" lasts" if wanted else " is")
+
+
 class StopAt(TrainerCallback):
     """Ends a run early, as an interruption would."""
 

@@ -47,15 +47,15 @@ INLINE int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to 
 
 INLINE int64_t padded(const Matrix *a) { return round_up(a->columns, LANES); }
 
-/* A row is in the order of unpack.h; behind it are a grid's sums of blocks, lane by lane, the planes
- * of pairs.h, and how many of these count. Powers of two would put all rows in the same sets of a
- * cache. */
-INLINE int64_t planes_at(const Matrix *a) {
+/* A row is in the order of unpack.h; behind it are a grid's sums of blocks, lane by lane, the row as
+ * pairs.h wants it, and whether it can be that. Powers of two would put all rows in the same sets
+ * of a cache. */
+INLINE int64_t pairs_at(const Matrix *a) {
     return padded(a) + (is_grid(a->kind) ? padded(a) / BLOCK(a->kind) * LANES : 0);
 }
 
 INLINE int64_t stride_of(const Matrix *a) {
-    return planes_at(a) + (in_pairs(a->kind) ? PLANES * padded(a) / 2 : 0) + LANES;
+    return pairs_at(a) + (in_pairs(a->kind) ? padded(a) / 2 : 0) + LANES;
 }
 
 INLINE float total(vec v) {
@@ -100,7 +100,7 @@ INLINE void order(const Matrix *a, int kind, const float *row, float *ready) {
     for (int64_t c = end; c < padded(a); ++c) ready[c] = c < a->columns ? row[c] : 0;
 #ifdef PAIRS
     if (in_pairs(kind))
-        ready[stride_of(a) - 1] = (float)split_pairs(a, kind, row, ready + planes_at(a));
+        ready[stride_of(a) - 1] = (float)split_pairs(a, kind, row, ready + pairs_at(a));
 #endif
     if (!is_grid(kind)) return;
     for (int64_t start = 0; start < end; start += block) {
@@ -156,9 +156,9 @@ INLINE void add_spelled(const float *w, const float *x, int64_t stride, int64_t 
 #ifdef PAIRS
 /* sum[i] += blocks of a row times row i of x. */
 INLINE void add_pairs(const Matrix *a, const Row *r, const int kind, const float *x,
-                      int64_t stride, const int m, const int planes, vec *sum) {
+                      int64_t stride, const int m, vec *sum) {
     const __m512i table = pair_table(kind);
-    const int64_t end = blocked(a, kind), block = BLOCK(kind), at = planes_at(a);
+    const int64_t end = blocked(a, kind), block = BLOCK(kind), at = pairs_at(a);
     for (int64_t b = 0; b < end / block; ++b) {
         __m512i w[8];
         vec zero;
@@ -166,7 +166,7 @@ INLINE void add_pairs(const Matrix *a, const Row *r, const int kind, const float
         const vec scale = unpack_pairs(r, kind, b, table, w, &zero);
         for (int i = 0; i < m; ++i) {
             const float *row = x + i * stride;
-            vec product = pair_products(kind, w, row + at + b * block / 2, end / 2, planes);
+            vec product = pair_products(kind, w, row + at + b * block / 2);
             if (is_grid(kind)) product -= zero * *(const vec *)(row + padded(a) + b * LANES);
             sum[i] += scale * product;
         }
@@ -182,15 +182,15 @@ INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t
     const int64_t block = BLOCK(kind), end = blocked(a, kind);
     const int vectors = (int)(block / LANES);
     vec sum[4] = {0}, rest[4] = {0};
+    int wide = m;
 #ifdef PAIRS
+    vec narrow[4] = {0};
     if (in_pairs(kind)) {
-        int planes = 1;
-        for (int i = 0; i < m; ++i) planes |= (int)x[i * stride + stride - 1];
-        if (planes == 1) add_pairs(a, &r, kind, x, stride, m, 1, sum);
-        else add_pairs(a, &r, kind, x, stride, m, PLANES, sum);
+        for (int i = 0; i < m; ++i) wide -= x[i * stride + stride - 1] != 0;
+        if (wide < m) add_pairs(a, &r, kind, x, stride, m, narrow);
     }
 #endif
-    for (int64_t b = in_pairs(kind) ? end / block : 0; b < end / block; ++b) {
+    for (int64_t b = wide ? 0 : end / block; b < end / block; ++b) {
         vec w[MOST_VECTORS], zero;
         __builtin_prefetch(r.codes + b * block_bytes(kind) + AHEAD);
         const vec scale = unpack(a, &r, kind, b, w, &zero);
@@ -204,6 +204,12 @@ INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t
             sum[i] += scale * product;
         }
     }
+#ifdef PAIRS
+    /* Every row by the same products, whichever lie beside it. */
+    if (in_pairs(kind))
+        for (int i = 0; i < m; ++i)
+            if (x[i * stride + stride - 1] != 0) sum[i] = narrow[i];
+#endif
     for (int64_t from = end; from < a->columns; from += 256) {
         float w[256] = {0};
         const int64_t n = a->columns - from < 256 ? a->columns - from : 256;

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Codes of 2 and 4 bits by products of bfloat16: 32 weights out of one shuffle of 16-bit entries,
- * which are bfloat16 without loss. A float32 is the sum of three bfloat16, exactly: of the other
- * factor there are three planes, of which two are zero if it came in bfloat16 and are left out.
- * Sums are float32, as everywhere; numbers below 2^-126 count as zero here.
+ * which are bfloat16 without loss. For rows of the other factor that are bfloat16 as well; three
+ * such planes would make a float32, and more instructions than its own products. Sums are float32,
+ * as everywhere; numbers below 2^-126 count as zero here.
  */
 #ifndef DSV4_PAIRS_H
 #define DSV4_PAIRS_H
@@ -13,8 +13,6 @@
 #if defined(WIDE) && defined(__AVX512BF16__)
 #define PAIRS 1
 #endif
-
-enum { PLANES = 3 };
 
 INLINE int in_pairs(int kind) {
 #ifdef PAIRS
@@ -33,43 +31,42 @@ INLINE int in_word(int kind) { return 16 / code_bits(kind); }
 
 /* bfloat16 of every code, twice and more: a shuffle looks at five bits. */
 INLINE __m512i pair_table(int kind) {
-    uint16_t table[32];
-    for (int i = 0; i < 32; ++i) {
-        const float value = kind == FP4 ? E2M1[i & 15] : (float)(i & ((1 << code_bits(kind)) - 1));
-        uint32_t bits;
-        memcpy(&bits, &value, sizeof bits);
-        table[i] = (uint16_t)(bits >> 16);
-    }
-    return _mm512_loadu_si512(table);
+    static const uint16_t e2m1[32] = {
+        0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+        0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
+        0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+        0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
+    static const uint16_t four[32] = {
+        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+        0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
+        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+        0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
+    static const uint16_t two[32] = {
+        0x0000, 0x3f80, 0x4000, 0x4040, 0x0000, 0x3f80, 0x4000, 0x4040,
+        0x0000, 0x3f80, 0x4000, 0x4040, 0x0000, 0x3f80, 0x4000, 0x4040,
+        0x0000, 0x3f80, 0x4000, 0x4040, 0x0000, 0x3f80, 0x4000, 0x4040,
+        0x0000, 0x3f80, 0x4000, 0x4040, 0x0000, 0x3f80, 0x4000, 0x4040};
+    return _mm512_loadu_si512(kind == FP4 ? e2m1 : kind == INT4 ? four : two);
 }
 
-/* Planes of a row's blocks, plane by plane: lane l of vector j holds columns j and j + in_word of
- * the codes of dword l. Returns how many planes are not all zero. */
-INLINE int split_pairs(const Matrix *a, const int kind, const float *row, float *planes) {
+/* A row's blocks in bfloat16: lane l of vector j holds columns j and j + in_word of the codes of
+ * dword l. Returns whether nothing was lost. */
+INLINE int split_pairs(const Matrix *a, const int kind, const float *row, float *plane) {
     const int n = in_word(kind);
     const int64_t end = blocked(a, kind), block = BLOCK(kind);
-    const uvec high = same(0xffff0000u);
     int32_t first[LANES];
     for (int l = 0; l < LANES; ++l) first[l] = 2 * n * l;
     const __m512i at = _mm512_loadu_si512(first);
-    uvec seen[PLANES] = {{0}};
+    uvec lost = {0};
     for (int64_t start = 0; start < end; start += block)
         for (int j = 0; j < n; ++j) {
-            vec even = (vec)_mm512_i32gather_ps(at, row + start + j, 4);
-            vec odd = (vec)_mm512_i32gather_ps(at, row + start + j + n, 4);
-            for (int p = 0; p < PLANES; ++p) {
-                const uvec e = (uvec)even & high, o = (uvec)odd & high;
-                const uvec both = e >> 16 | o;
-                memcpy(planes + p * end / 2 + start / 2 + j * LANES, &both, sizeof both);
-                seen[p] |= both;
-                even -= (vec)e;
-                odd -= (vec)o;
-            }
+            const uvec even = (uvec)_mm512_i32gather_ps(at, row + start + j, 4);
+            const uvec odd = (uvec)_mm512_i32gather_ps(at, row + start + j + n, 4);
+            const uvec both = even >> 16 | (odd & 0xffff0000u);
+            memcpy(plane + start / 2 + j * LANES, &both, sizeof both);
+            lost |= (even | odd) & 0xffffu;
         }
-    int count = 1;
-    for (int p = 1; p < PLANES; ++p)
-        if (_mm512_test_epi32_mask((__m512i)seen[p], (__m512i)seen[p])) count = p + 1;
-    return count;
+    return !_mm512_test_epi32_mask((__m512i)lost, (__m512i)lost);
 }
 
 /* Vectors of a block's weights, lanes as in `unpack`, and its scale. */
@@ -84,19 +81,14 @@ INLINE vec unpack_pairs(const Row *r, const int kind, int64_t b, __m512i table, 
     return grid_lanes(r, kind, b, zero);
 }
 
-/* A block's weights by so many planes of a row, lane by lane. */
-INLINE vec pair_products(const int kind, const __m512i *w, const float *at, int64_t apart,
-                         const int planes) {
-    vec all = {0};
-    for (int p = planes - 1; p >= 0; --p) { /* The small ones first. */
-        __m512 sum = _mm512_setzero_ps();
-        for (int j = 0; j < in_word(kind); ++j) {
-            const __m512i x = _mm512_loadu_si512(at + p * apart + j * LANES);
-            sum = _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w[j]);
-        }
-        all += (vec)sum;
+/* A block's weights by a row's, lane by lane. */
+INLINE vec pair_products(const int kind, const __m512i *w, const float *at) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int j = 0; j < in_word(kind); ++j) {
+        const __m512i x = _mm512_loadu_si512(at + j * LANES);
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w[j]);
     }
-    return all;
+    return (vec)sum;
 }
 #endif
 

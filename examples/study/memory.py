@@ -1,15 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engram for comparison: present, absent, fed with meaningless ids, or traded for experts."""
+"""Engram for comparison: present, absent, fed with meaningless ids, or traded for experts.
 
-from collections import Counter
+Tables of a trained model can be knocked out, or read from disk row by row.
+"""
+
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nano.data import Corpus
 
 from modeling_dsv4 import Dsv4ForCausalLM
+from modeling_dsv4.engram import Engram
+from quantize.hf_quantizer import attach_tables, store_tables
+from quantize.stored_table import StoredTable
+
+from .ngrams import FREQUENT, RARE, UNSEEN, ends_name, held_out, trigram_kinds
+from .routing import counted, describe
+
+# Bytes of rows that may be resident while tables are on disk: a few hundred rows.
+_RESIDENT = 1 << 16
+_DISK_ROWS = 16
 
 
 def shuffle_ids(model: Dsv4ForCausalLM, seed: int) -> None:
@@ -43,20 +59,106 @@ def without_memory(model: Dsv4ForCausalLM) -> Iterator[None]:
             handle.remove()
 
 
-def ngram_kinds(train: np.ndarray, rows: np.ndarray, frequent: int = 50) -> np.ndarray:
-    """What kind of trigram each predicted token of held-out rows completes: [r, s - 1] of 0, 1, 2.
+@contextmanager
+def tables_on_disk(model: Dsv4ForCausalLM, memory: int = _RESIDENT) -> Iterator[None]:
+    """Read the rows of every Engram table from a file of its own, as converted models do.
 
-    0: never seen in training; 1: "entity-like", seen, but less than `frequent` times; 2: frequent.
+    Args:
+        model: with tables in memory.
+        memory: bytes of rows that may be resident.
     """
-    count: Counter[tuple[int, int, int]] = Counter(
-        zip(train[:-2].tolist(), train[1:-1].tolist(), train[2:].tolist(), strict=True)
-    )
-    kinds = np.zeros((rows.shape[0], rows.shape[1] - 1), dtype=np.int64)
-    for r, row in enumerate(rows.tolist()):
-        for i in range(2, len(row)):
-            seen = count[row[i - 2], row[i - 1], row[i]]
-            kinds[r, i - 1] = 0 if not seen else 1 + (seen >= frequent)
-    return kinds
+    tables = {n: m for n, m in model.named_modules() if isinstance(m, Engram)}
+    plain = {name: engram.embed for name, engram in tables.items()}
+    store_tables(model, {f"{name}.embed": "F32" for name in tables})
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, engram in tables.items():
+                _write(engram.embed, plain[name].weight.detach(), Path(folder))
+            attach_tables(model, Path(folder), memory)
+            yield
+    finally:
+        for name, engram in tables.items():
+            engram.embed = plain[name]
+
+
+def _write(table: StoredTable, weight: torch.Tensor, folder: Path) -> None:
+    table.packed = table.layout.encode({"": weight})
+    table.save_files(folder)
+    table.packed = None
+
+
+@torch.no_grad()
+def measure_memory(
+    model: Dsv4ForCausalLM, corpus: Corpus, read: np.ndarray, meaningful: bool
+) -> dict[str, Any]:
+    """Held-out loss by domain and kind of token; without the memory; with its tables on disk.
+
+    Beside it, what experts were chosen.
+
+    Args:
+        model: trained.
+        corpus: what it was trained on.
+        read: [n, s] tokens that it has read.
+        meaningful: rows follow from the text, so that a second pass reads the same ones.
+    """
+    found: dict[str, Any] = {}
+    counts: dict[str, list[torch.Tensor]] = {}
+    has_memory = bool(model.config.engram_layer_ids)
+    for name, rows in held_out(corpus).items():
+        seen, names = trigram_kinds(read, rows), ends_name(corpus.tokenizer, rows, name)
+        kinds = {
+            "loss": np.ones_like(names),
+            "unseen": seen == UNSEEN,
+            "rare": seen == RARE,
+            "frequent": seen == FREQUENT,
+            "names": names & (seen == RARE),
+        }
+        with counted(model) as counts[name]:
+            losses = token_losses(model, rows)
+        found[name] = {kind: _mean(losses[of]) for kind, of in kinds.items()}
+        found[name]["tokens"] = {kind: int(of.sum()) for kind, of in kinds.items()}
+        if not has_memory:
+            continue
+        with without_memory(model):
+            without = token_losses(model, rows)
+        found[name]["knocked_out"] = {kind: _mean(without[of]) for kind, of in kinds.items()}
+        if meaningful:
+            found[name]["from_disk"] = _from_disk(model, rows[:_DISK_ROWS])
+    return found | {"routing": describe(counts)}
+
+
+def _mean(losses: np.ndarray) -> float:
+    # A sum of float64: two kinds of tokens that are the same have the same mean.
+    return float(losses.mean(dtype=np.float64)) if losses.size else float("nan")
+
+
+def _from_disk(model: Dsv4ForCausalLM, rows: np.ndarray) -> dict[str, float]:
+    """How far losses move when rows are read from disk, and how many reads that took."""
+    resident = token_losses(model, rows)
+    with tables_on_disk(model):
+        on_disk = token_losses(model, rows)
+        stats = model.stats()
+    return {
+        "largest_difference": float(np.abs(on_disk - resident).max()),
+        "loss": _mean(on_disk),
+        "loss_in_memory": _mean(resident),
+        "reads": stats["engram_reads"],
+        "bytes_read": stats["engram_bytes_read"],
+    }
+
+
+def active_parameters(model: Dsv4ForCausalLM) -> int:
+    """Parameters that one token multiplies or looks up: of tables its rows, of experts its own."""
+    config = model.config
+    total = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()
+    total += config.hidden_size
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        one = sum(p[0].numel() for p in experts.parameters())
+        total -= one * (experts.num_experts - config.num_experts_per_tok)
+        if getattr(layer, "engram", None) is not None:
+            total -= layer.engram.embed.weight.numel() - layer.engram.kv_proj.in_features
+    return total
 
 
 @torch.no_grad()

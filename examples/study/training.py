@@ -20,11 +20,13 @@ from finetune.indexer_training import IndexerTeacher
 from modeling_dsv4 import Dsv4ForCausalLM
 
 from .context import measure_context
-from .memory import ngram_kinds, token_losses, without_memory
+from .memory import active_parameters, measure_memory, token_losses
 from .residual import gains, recorded
+from .routing import balance_loss, spread
 from .variant import Variant
 
-FIELDS = ("step", "loss", "grad_norm", "forward_gain", "backward_gain", "busiest", "seconds")
+FIELDS = ("step", "loss", "grad_norm", "forward_gain", "backward_gain", "busiest", "entropy",
+          "idle", "seconds")  # fmt: skip
 # Steps between measurements of gains, and held-out rows of each domain.
 _EVERY = 10
 _ROWS = 16
@@ -46,7 +48,9 @@ def run(
         lines.append(line)
         if tell is not None:
             tell(line)
-    found = measure(model, variant, corpus)
+    batches = zip(lines, Batches(corpus.train, recipe), strict=False)
+    read = np.concatenate([ids.numpy() for _, ids in batches])
+    found = measure(model, variant, corpus, read)
     found |= {
         "variant": variant.name, "seed": seed, "steps": len(lines),
         "tokens": len(lines) * recipe.rows * recipe.length,
@@ -68,6 +72,7 @@ def _train(model: Dsv4ForCausalLM, corpus: Corpus, recipe: Any, steps: int) -> A
     selects = bool(model.config.index_source_layer_ids)
     teacher = IndexerTeacher(model) if selects else None
     config = model.config
+    aux = config.router_aux_loss_coef
     sparse = config.index_topk, config.candidate_topk_blocks
     optimizer = optimizers(model, recipe)
     peaks = [[g["lr"] for g in o.param_groups] for o in optimizer]
@@ -78,8 +83,10 @@ def _train(model: Dsv4ForCausalLM, corpus: Corpus, recipe: Any, steps: int) -> A
         dense = selects and number < recipe.sparse_from * recipe.steps
         config.index_topk, config.candidate_topk_blocks = (1 << 20,) * 2 if dense else sparse
         with recorded(model) as combs:
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+            out = model(input_ids=ids, labels=ids, output_router_logits=aux > 0)
+        loss = out.loss
+        even = balance_loss(out.router_logits, config.num_experts_per_tok) if aux else 0.0
+        (loss + aux * even).backward()
         norm = nn.utils.clip_grad_norm_(weights, recipe.clip)
         factor = schedule(number, recipe.steps, recipe.warmup, recipe.floor)
         for o, rates in zip(optimizer, peaks, strict=True):
@@ -87,11 +94,12 @@ def _train(model: Dsv4ForCausalLM, corpus: Corpus, recipe: Any, steps: int) -> A
                 group["lr"] = rate * factor
             o.step()
             o.zero_grad()
-        busiest = balance.step(recipe.balance_rate * (1 - number / recipe.steps))
+        loads = spread(balance.counts)
+        balance.step(recipe.balance_rate * (1 - number / recipe.steps))
         seconds = time.perf_counter() - start
         kl = teacher.metrics()["kl"] if teacher is not None else 0.0
         line = {"step": number + 1, "loss": loss.item() - kl, "grad_norm": float(norm),
-                "busiest": busiest, "seconds": seconds}  # fmt: skip
+                **loads, "seconds": seconds}  # fmt: skip
         if number % _EVERY == 0 or number == steps - 1:
             forward, backward = gains(combs)
             line |= {"forward_gain": max(forward), "backward_gain": max(backward)}
@@ -102,23 +110,25 @@ def _train(model: Dsv4ForCausalLM, corpus: Corpus, recipe: Any, steps: int) -> A
 
 
 @torch.no_grad()
-def measure(model: Dsv4ForCausalLM, variant: Variant, corpus: Corpus) -> dict[str, Any]:
-    """Held-out loss by domain, by kind of n-gram and place; gains by depth; parameters."""
+def measure(
+    model: Dsv4ForCausalLM, variant: Variant, corpus: Corpus, read: np.ndarray
+) -> dict[str, Any]:
+    """Held-out loss by domain, kind of token or place; gains by depth; parameters.
+
+    `read` [n, s]: the tokens that the model was trained on.
+    """
     model.eval()
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
-    for name, domain in corpus.domains.items():
-        rows = domain.held_out[:_ROWS]
-        losses = token_losses(model, rows)
-        found[name] = {"loss": float(losses.mean())}
-        found[name]["by_place"] = [float(x.mean()) for x in np.array_split(losses, 8, axis=1)]
-        if variant.group != "memory":
-            continue
-        kinds = ngram_kinds(domain.train, rows)
-        for kind, label in enumerate(("unseen", "rare", "frequent")):
-            found[name][label] = float(losses[kinds == kind].mean())
-        if model.config.engram_layer_ids:
-            with without_memory(model):
-                found[name]["knocked_out"] = float(token_losses(model, rows).mean())
+    found: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "active": active_parameters(model),
+    }
+    if variant.group in ("memory", "routing"):
+        found |= measure_memory(model, corpus, read, meaningful=variant.ids == "text")
+    else:
+        for name, domain in corpus.domains.items():
+            losses = token_losses(model, domain.held_out[:_ROWS])
+            by_place = [float(x.mean()) for x in np.array_split(losses, 8, axis=1)]
+            found[name] = {"loss": float(losses.mean()), "by_place": by_place}
     if variant.group == "attention":
         found |= measure_context(model, corpus)
     ids = torch.from_numpy(corpus.domains["prose"].held_out[:2].astype(np.int64))

@@ -6,7 +6,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -15,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "examples"))
 
 from nano.data import Corpus  # noqa: E402
-from study import derive, memory, residual  # noqa: E402
+from study import derive, residual, tables  # noqa: E402
 from study.variant import LOGS, Variant  # noqa: E402
 
 from modeling_dsv4.hyper_connection import HyperConnection  # noqa: E402
@@ -67,52 +66,10 @@ def test_free_connections_can_gain_without_bound(corpus: Corpus) -> None:
     assert max(residual.gains(combs)[0]) > 1000
 
 
-def test_experts_make_up_for_the_parameters_of_memory(corpus: Corpus) -> None:
-    size = {
-        name: sum(p.numel() for p in Variant.read(f"memory-{name}").build(corpus, 0).parameters())
-        for name in ("none", "engram", "experts", "shuffled")
-    }
-    assert size["shuffled"] == size["engram"] > 1.3 * size["none"]
-    assert abs(size["experts"] / size["engram"] - 1) < 0.02
-
-
-def test_shuffled_ids_say_nothing_and_knocked_out_memory_is_silent(corpus: Corpus) -> None:
-    ids = torch.arange(5, 45)[None]
-    models = {
-        name: Variant.read(f"memory-{name}").build(corpus, 0).eval()
-        for name in ("engram", "shuffled")
-    }
-    with torch.no_grad():
-        for model in models.values():
-            torch.manual_seed(1)
-            for layer in model.model.layers:
-                if layer.engram is not None:
-                    layer.engram.kv_proj.weight.normal_(std=0.2)
-                layer.mlp.shared_experts.down_proj.weight.normal_(std=0.1)
-            model.lm_head.weight.normal_(std=0.1)
-        first, second = (models["engram"](ids).logits for _ in range(2))
-        assert torch.equal(first, second)
-        first, second = (models["shuffled"](ids).logits for _ in range(2))
-        assert not torch.equal(first, second)
-        out = {}
-        for name, model in models.items():
-            with memory.without_memory(model):
-                out[name] = model(ids).logits
-            assert not torch.equal(out[name], models["engram"](ids).logits)
-        assert torch.equal(out["engram"], out["shuffled"])
-
-
-def test_trigrams_are_told_apart() -> None:
-    train = np.array([1, 2, 3] * 60 + [7, 8, 9], dtype=np.uint16)
-    rows = np.array([[1, 2, 3, 7, 8, 9]], dtype=np.uint16)
-    assert memory.ngram_kinds(train, rows).tolist() == [[0, 2, 1, 1, 1]]
-    assert memory.ngram_kinds(train, rows[:, ::-1]).tolist() == [[0] * 5]
-
-
 def test_an_interval_covers_three_seeds() -> None:
-    assert derive.interval([1.0, 2.0, 3.0]) == "2 ± 2.5"
-    assert derive.interval([1.5]) == "1.5 (one seed)"
-    assert derive.interval([]) == "not run"
+    assert tables.interval([1.0, 2.0, 3.0]) == "2 ± 2.5"
+    assert tables.interval([1.5]) == "1.5 (one seed)"
+    assert tables.interval([]) == "not run"
 
 
 def test_the_document_says_what_the_logs_say(tmp_path: Path) -> None:

@@ -86,16 +86,10 @@ def decode(
     Near the end of the longest row all rows of a batch check fewer guesses: a place has its own
     number of tries.
     """
-    chosen = {"do_sample": True, "top_k": 0, "temperature": 1.0} if sample else {"do_sample": False}
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW,
-        min_new_tokens=NEW,
-        draft=guesses,
-        return_dict_in_generate=True,
-        **chosen,
-    )
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "draft": guesses}
+    settings |= {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings)
     if guesses is None:
         return out.sequences, {}
     return out.sequences, {"made": out.drafting.made, "right": out.drafting.right}

@@ -189,6 +189,7 @@ def test_only_the_bias_moves_without_a_loss(texts: Corpus) -> None:
         gates = [layer.mlp.gate for layer in model.model.layers]
         moved[name] = any(bool(g.e_score_correction_bias.any()) for g in gates)
         losses[name] = [line["loss"] for line in lines]
+    assert Variant.read("routing-none").config == Variant.read("memory-none").config
     assert moved == {"memory-none": True, "routing-none": False, "routing-loss": False}
     # What is reported is the language model's loss alone.
     assert losses["routing-loss"][0] == losses["routing-none"][0]

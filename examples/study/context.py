@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a kind of attention does with a long context: loss by place, operations, bytes of cache."""
+"""What a kind of attention does with a long context: loss by place, recall, operations, bytes."""
 
 from itertools import pairwise
 from typing import Any
@@ -11,34 +11,44 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_dsv4 import Dsv4ForCausalLM
 
+from .facts import CHANCE, DISTANCES, PROBE, Words, recall
 from .memory import token_losses
 
-LENGTH = 8192
+# Places double: the first 128 tokens, the next 128, the next 256, ...
+EDGES = [0, *(128 << i for i in range(7))]
 
 
 @torch.no_grad()
-def measure_context(model: Dsv4ForCausalLM, corpus: Corpus) -> dict[str, Any]:
-    """Loss by place in rows of 8,192 held-out tokens, and what such a row costs.
+def measure_context(model: Dsv4ForCausalLM, corpus: Corpus, seed: int = 0) -> dict[str, Any]:
+    """Loss by place in rows of 8,192 held-out tokens, recall of facts in them, and their cost.
 
     Operations are counted while a row runs, on torch's own kernels, so that all of them are seen;
-    bytes are those of the cache that the row leaves behind.
+    bytes are those of the cache that the row leaves behind. The sums of both are the same for any
+    weights; recall and loss are of the weights at hand. Every model gets the same questions.
     """
     model.set_kernels("torch")
-    found: dict[str, Any] = {}
-    for name, domain in corpus.domains.items():
-        rows = domain.held_out.reshape(-1, LENGTH)[:2]
-        losses = token_losses(model, rows, batch=1)
-        # Places double: the first 128 tokens, the next 128, the next 256, ...
-        edges = [0, *(128 << i for i in range(7))]
+    found: dict[str, Any] = {"active_parameters": active_parameters(model)}
+    rows = {name: d.held_out.reshape(-1, PROBE) for name, d in corpus.domains.items()}
+    for name, some in rows.items():
+        losses = token_losses(model, some[:3], batch=1)
         found[f"{name}_by_place"] = [
-            float(losses[:, start:stop].mean()) for start, stop in pairwise(edges)
+            float(losses[:, start:stop].mean()) for start, stop in pairwise(EDGES)
         ]
-    ids = torch.from_numpy(
-        corpus.domains["prose"].held_out.reshape(-1, LENGTH)[:1].astype(np.int64)
-    )
+    every = np.concatenate(list(rows.values()))
+    found["recall"] = recall(model, every, Words.of(corpus.tokenizer), seed)
+    found["recall"] |= {"distances": list(DISTANCES), "chance": CHANCE}
+    ids = torch.from_numpy(every[:1].astype(np.int64))
     with FlopCounterMode(display=False) as counter:
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     found["flops"] = counter.get_total_flops()
     found["cache_bytes"] = out.past_key_values.memory_bytes()
     model.set_kernels("auto")
     return found
+
+
+def active_parameters(model: Dsv4ForCausalLM) -> int:
+    """Parameters that one token meets: of the routed experts only those that it is sent to."""
+    config = model.config
+    routed = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    total = sum(p.numel() for p in model.parameters())
+    return total - routed + routed * config.num_experts_per_tok // config.n_routed_experts

@@ -20,6 +20,7 @@ from finetune.indexer_training import IndexerTeacher
 from modeling_dsv4 import Dsv4ForCausalLM
 
 from .context import measure_context
+from .facts import FactBatches
 from .memory import active_parameters, measure_memory, token_losses
 from .residual import gains, recorded
 from .routing import balance_loss, spread
@@ -44,7 +45,8 @@ def run(
     recipe = variant.recipe_for(seed)
     model = variant.build(corpus, seed).train()
     lines = []
-    for line in _train(model, corpus, recipe, steps or recipe.steps):
+    facts = FactBatches(corpus, recipe) if variant.group == "attention" else None
+    for line in _train(model, corpus, recipe, steps or recipe.steps, facts):
         lines.append(line)
         if tell is not None:
             tell(line)
@@ -57,6 +59,8 @@ def run(
         "seconds": sum(line["seconds"] for line in lines), "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
     }  # fmt: skip
+    if facts is not None:
+        found["tokens"] = facts.tokens(len(lines))
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{variant.name}-s{seed}"
     with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -67,7 +71,13 @@ def run(
     return found
 
 
-def _train(model: Dsv4ForCausalLM, corpus: Corpus, recipe: Any, steps: int) -> Any:
+def _train(
+    model: Dsv4ForCausalLM,
+    corpus: Corpus,
+    recipe: Any,
+    steps: int,
+    facts: FactBatches | None = None,
+) -> Any:
     balance = Balance(model.model.layers)
     selects = bool(model.config.index_source_layer_ids)
     teacher = IndexerTeacher(model) if selects else None
@@ -77,13 +87,14 @@ def _train(model: Dsv4ForCausalLM, corpus: Corpus, recipe: Any, steps: int) -> A
     optimizer = optimizers(model, recipe)
     peaks = [[g["lr"] for g in o.param_groups] for o in optimizer]
     weights = [p for p in model.parameters() if p.requires_grad]
-    for number, ids in zip(range(steps), Batches(corpus.train, recipe), strict=False):
+    pairs = facts or ((ids, ids) for ids in Batches(corpus.train, recipe))
+    for number, (ids, labels) in zip(range(steps), pairs, strict=False):
         start = time.perf_counter()
         # Until the indexer has seen enough, queries read every entry, as in V3.2's warm-up.
         dense = selects and number < recipe.sparse_from * recipe.steps
         config.index_topk, config.candidate_topk_blocks = (1 << 20,) * 2 if dense else sparse
         with recorded(model) as combs:
-            out = model(input_ids=ids, labels=ids, output_router_logits=aux > 0)
+            out = model(input_ids=ids, labels=labels, output_router_logits=aux > 0)
         loss = out.loss
         even = balance_loss(out.router_logits, config.num_experts_per_tok) if aux else 0.0
         (loss + aux * even).backward()

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study of attention: facts are planted as promised, and recall is what a model recalls."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "examples"))
+
+from nano.data import Corpus, Domain  # noqa: E402
+from study import context, facts  # noqa: E402
+from study.variant import Variant  # noqa: E402
+
+VOCABULARY = 4096
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    """The nano's tokens; noise for a text."""
+    rng = np.random.default_rng(0)
+    text = rng.integers(5, 200, 70_000).astype(np.uint16)
+    tokenizer = Tokenizer.from_file(str(ROOT / "models/nano-v41/tokenizer.json"))
+    domain = Domain(text, text[:16_384].reshape(-1, 512), 1)
+    return Corpus(tokenizer, {"prose": domain})
+
+
+@pytest.fixture(scope="module")
+def words(corpus: Corpus) -> facts.Words:
+    return facts.Words.of(corpus.tokenizer)
+
+
+def copies(window: int) -> Any:
+    """A model that knows, of the last `window` tokens, what followed the token it stands on."""
+
+    def model(input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        row = input_ids[0].tolist()
+        logits = torch.zeros(1, len(row), VOCABULARY)
+        seen: dict[int, int] = {}
+        for at, token in enumerate(row):
+            before = seen.get(token)
+            if before is not None and at - before <= window:
+                logits[0, at, row[before + 1]] = 100.0
+            seen[token] = at
+        return SimpleNamespace(logits=logits)
+
+    return model
+
+
+def guesses(words: facts.Words) -> Any:
+    """A model that knows the values of a kind, and which it was asked for, and no more."""
+
+    def model(input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        dice = torch.Generator().manual_seed(5)
+        logits = torch.zeros(1, input_ids.shape[1], VOCABULARY)
+        for kind, values in zip(words.kinds.tolist(), words.values, strict=True):
+            for at in (input_ids[0] == kind).nonzero()[:, 0].tolist():
+                logits[0, at, torch.from_numpy(values)] = 100 + 0.01 * torch.rand(
+                    facts.VALUES, generator=dice
+                )
+        return SimpleNamespace(logits=logits)
+
+    return model
+
+
+def rows(count: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(5, 200, (count, facts.PROBE)).astype(np.uint16)
+
+
+def test_who_copies_recalls_all_and_who_copies_near_recalls_near(words: facts.Words) -> None:
+    found = facts.recall(copies(facts.PROBE), rows(2), words, 0)
+    for key in ("exact", "among", "probability"):
+        assert found[key] == pytest.approx([1.0] * len(facts.DISTANCES)), key
+    found = facts.recall(copies(512), rows(2), words, 0)
+    assert found["exact"] == found["among"] == [1, 1, 1, 1, 0, 0] or max(found["among"][4:]) < 0.8
+    assert found["exact"] == [1, 1, 1, 1, 0, 0]
+
+
+def test_who_guesses_has_the_chance_that_is_stated(words: facts.Words) -> None:
+    found = facts.recall(guesses(words), rows(60), words, 0)
+    assert found["probability"] == pytest.approx([facts.CHANCE] * len(facts.DISTANCES), abs=0.01)
+    # 120 questions a distance: three standard errors are 0.09; all together 0.037.
+    assert np.mean(found["exact"]) == pytest.approx(facts.CHANCE, abs=0.037)
+    assert found["exact"] == found["among"]
+
+
+def test_a_probe_asks_each_fact_once_at_its_distance(words: facts.Words) -> None:
+    text = rows(1)[0]
+    probe = facts.plant_probe(text, words, np.random.default_rng(3))
+    assert sorted(probe.distances) == sorted(facts.DISTANCES * (facts.KINDS // 6))
+    assert probe.asked.min() >= max(facts.DISTANCES)
+    for at, kind, distance in zip(probe.asked, probe.kinds, probe.distances, strict=True):
+        places = np.flatnonzero(probe.row == words.kinds[kind])
+        assert places.tolist() == [at - distance, at]
+        assert probe.row[at + 1] == probe.row[at - distance + 1]
+        assert probe.row[at + 1] in words.values[kind]
+    changed = np.flatnonzero(probe.row != text)
+    assert len(changed) == 2 * facts.LINE * facts.KINDS
+
+
+def test_a_training_row_teaches_answers_and_no_first_mentions(words: facts.Words) -> None:
+    text = rows(1)[0][:1024]
+    row, labels = facts.plant_stream(text, words, np.random.default_rng(2), 0.25)
+    silent = labels == -100
+    assert np.array_equal(row[~silent], labels[~silent])
+    known: dict[int, int] = {}
+    answers = 0
+    for at in np.flatnonzero(np.isin(row, words.kinds)):
+        kind, value = int(row[at]), int(row[at + 1])
+        assert silent[at]
+        assert bool(silent[at + 1]) == (kind not in known)
+        assert known.setdefault(kind, value) == value
+        answers += not silent[at + 1]
+    lines = int(1024 * 0.25 / 2)
+    assert answers == lines - len(known) > 0.6 * lines
+    text_left = ~np.isin(row, np.concatenate((words.kinds, words.values.flatten())))
+    assert text_left.sum() == 1024 - 2 * lines
+    assert np.array_equal(row[text_left], text[text_left])
+
+
+def test_batches_grow_and_are_the_same_for_every_variant(corpus: Corpus) -> None:
+    recipe = Variant.read("attention-full").recipe_for(0)
+    batches = facts.FactBatches(corpus, recipe)
+    for step, length in ((0, 128), (recipe.steps - 1, 4096)):
+        assert batches.shape(step)[1] == length
+    first, second = (next(iter(facts.FactBatches(corpus, recipe))) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert batches.tokens(1) == first[0].numel() == recipe.rows * recipe.length
+    recipes = {v.recipe_for(0) for v in Variant.all() if v.group == "attention"}
+    assert recipes == {recipe}
+
+
+def test_variants_have_equal_parameters_and_less_to_do(corpus: Corpus) -> None:
+    total, active, found = [], [], {}
+    for variant in (v for v in Variant.all() if v.group == "attention"):
+        model = variant.build(corpus, 0).eval()
+        total.append(sum(p.numel() for p in model.parameters()))
+        active.append(context.active_parameters(model))
+        if variant.name in ("attention-full", "attention-csa2-ced"):
+            short = Corpus(corpus.tokenizer, {"prose": corpus.domains["prose"]})
+            found[variant.name] = context.measure_context(model, short)
+    assert max(total) / min(total) < 1.01
+    assert max(active) / min(active) < 1.01
+    assert all(a < t for a, t in zip(active, total, strict=True))
+    full, sparse = found["attention-full"], found["attention-csa2-ced"]
+    assert sparse["flops"] < 0.6 * full["flops"]
+    assert sparse["cache_bytes"] < 0.5 * full["cache_bytes"]
+    # Untrained: every token is as likely.
+    for one in found.values():
+        assert one["prose_by_place"] == pytest.approx([np.log(VOCABULARY)] * 7)
+        assert one["recall"]["probability"] == pytest.approx([1 / VOCABULARY] * 6)
+    assert json.dumps(found)

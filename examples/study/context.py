@@ -22,9 +22,9 @@ EDGES = [0, *(128 << i for i in range(7))]
 def measure_context(model: Dsv4ForCausalLM, corpus: Corpus, seed: int = 0) -> dict[str, Any]:
     """Loss by place in rows of 8,192 held-out tokens, recall of facts in them, and their cost.
 
-    Operations are counted while a row runs, on torch's own kernels, so that all of them are seen;
-    bytes are those of the cache that the row leaves behind. The sums of both are the same for any
-    weights; recall and loss are of the weights at hand. Every model gets the same questions.
+    Operations are counted while a row runs, without fused kernels, whose operations the counter
+    does not see; bytes are those of the cache that the row leaves behind. Both are the same for any
+    weights. Every model gets the same questions.
     """
     model.set_kernels("torch")
     found: dict[str, Any] = {"active_parameters": active_parameters(model)}
@@ -37,13 +37,34 @@ def measure_context(model: Dsv4ForCausalLM, corpus: Corpus, seed: int = 0) -> di
     every = np.concatenate(list(rows.values()))
     found["recall"] = recall(model, every, Words.of(corpus.tokenizer), seed)
     found["recall"] |= {"distances": list(DISTANCES), "chance": CHANCE}
-    ids = torch.from_numpy(every[:1].astype(np.int64))
-    with FlopCounterMode(display=False) as counter:
-        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    found["flops"] = counter.get_total_flops()
-    found["cache_bytes"] = out.past_key_values.memory_bytes()
+    found |= measure_cost(model, every[:1])
     model.set_kernels("auto")
     return found
+
+
+def measure_cost(model: Dsv4ForCausalLM, row: np.ndarray) -> dict[str, int]:
+    """What a row [1, s] costs.
+
+    Returns:
+        `flops`: operations of the layers at all its tokens; `prefill_flops`: those that a prompt
+        needs before its first answer, when layers may leave out tokens that nothing reads;
+        `cache_bytes`: of the cache that it leaves behind.
+    """
+    ids = torch.from_numpy(row.astype(np.int64))
+    implementation = model.config._attn_implementation
+    model.config._attn_implementation = "eager"
+    try:
+        with FlopCounterMode(display=False) as every:
+            model.model(input_ids=ids, use_cache=False)
+        with FlopCounterMode(display=False) as prompt:
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    finally:
+        model.config._attn_implementation = implementation
+    return {
+        "flops": every.get_total_flops(),
+        "prefill_flops": prompt.get_total_flops(),
+        "cache_bytes": out.past_key_values.memory_bytes(),
+    }
 
 
 def active_parameters(model: Dsv4ForCausalLM) -> int:

@@ -26,7 +26,7 @@ _ASKED = 0.75
 # Rows grow: (up to which part of the steps, tokens in a row, part of it that facts cover). All
 # steps have as many tokens, unless a single row is longer.
 _PHASES = (
-    (0.45, 128, 0.5), (0.6, 256, 0.3), (0.8, 1024, 0.1), (0.95, 2048, 0.05), (1.0, 4096, 0.025)
+    (0.4, 128, 0.95), (0.6, 256, 0.3), (0.8, 1024, 0.1), (0.95, 2048, 0.05), (1.0, 4096, 0.025)
 )  # fmt: skip
 _SILENT = -100
 
@@ -116,9 +116,7 @@ class FactBatches:
         while True:
             rows, length, cover = self.shape(step)
             starts = rng.integers(len(self.text) - length, size=rows)
-            made = [
-                plant_stream(self.text[s : s + length], self.words, rng, cover) for s in starts
-            ]
+            made = [plant_stream(self.text[s : s + length], self.words, rng, cover) for s in starts]
             ids, labels = (torch.from_numpy(np.stack(part)) for part in zip(*made, strict=True))
             yield ids, labels
             step += 1

@@ -79,15 +79,14 @@ def test_who_copies_recalls_all_and_who_copies_near_recalls_near(words: facts.Wo
     for key in ("exact", "among", "probability"):
         assert found[key] == pytest.approx([1.0] * len(facts.DISTANCES)), key
     found = facts.recall(copies(512), rows(2), words, 0)
-    assert found["exact"] == found["among"] == [1, 1, 1, 1, 0, 0] or max(found["among"][4:]) < 0.8
     assert found["exact"] == [1, 1, 1, 1, 0, 0]
 
 
 def test_who_guesses_has_the_chance_that_is_stated(words: facts.Words) -> None:
-    found = facts.recall(guesses(words), rows(60), words, 0)
+    found = facts.recall(guesses(words), rows(24), words, 0)
     assert found["probability"] == pytest.approx([facts.CHANCE] * len(facts.DISTANCES), abs=0.01)
-    # 120 questions a distance: three standard errors are 0.09; all together 0.037.
-    assert np.mean(found["exact"]) == pytest.approx(facts.CHANCE, abs=0.037)
+    # 288 questions: three standard errors.
+    assert np.mean(found["exact"]) == pytest.approx(facts.CHANCE, abs=0.058)
     assert found["exact"] == found["among"]
 
 
@@ -138,22 +137,35 @@ def test_batches_grow_and_are_the_same_for_every_variant(corpus: Corpus) -> None
 
 
 def test_variants_have_equal_parameters_and_less_to_do(corpus: Corpus) -> None:
-    total, active, found = [], [], {}
+    total, active, cost = [], [], {}
+    row = corpus.domains["prose"].train[None, :2048]
     for variant in (v for v in Variant.all() if v.group == "attention"):
         model = variant.build(corpus, 0).eval()
         total.append(sum(p.numel() for p in model.parameters()))
         active.append(context.active_parameters(model))
-        if variant.name in ("attention-full", "attention-csa2-ced"):
-            short = Corpus(corpus.tokenizer, {"prose": corpus.domains["prose"]})
-            found[variant.name] = context.measure_context(model, short)
+        with torch.no_grad():
+            cost[variant.name.removeprefix("attention-")] = context.measure_cost(model, row)
     assert max(total) / min(total) < 1.01
     assert max(active) / min(active) < 1.01
     assert all(a < t for a, t in zip(active, total, strict=True))
-    full, sparse = found["attention-full"], found["attention-csa2-ced"]
-    assert sparse["flops"] < 0.6 * full["flops"]
-    assert sparse["cache_bytes"] < 0.5 * full["cache_bytes"]
-    # Untrained: every token is as likely.
-    for one in found.values():
-        assert one["prose_by_place"] == pytest.approx([np.log(VOCABULARY)] * 7)
-        assert one["recall"]["probability"] == pytest.approx([1 / VOCABULARY] * 6)
-    assert json.dumps(found)
+    # Two products over 2 heads of 64 channels, for each pair of tokens and layer, and no less.
+    assert cost["full"]["flops"] > 4 * 2 * 64 * 4 * 2048 * 2049 / 2
+    for name in ("csa-hca", "csa2-ced"):
+        assert cost[name]["flops"] < 0.6 * cost["full"]["flops"], name
+        assert cost[name]["cache_bytes"] < 0.3 * cost["full"]["cache_bytes"], name
+    # What follows in a prompt is read from the entries of one decoder layer.
+    ced = cost["csa2-ced"]
+    assert ced["prefill_flops"] < 0.7 * ced["flops"]
+    assert cost["window"]["cache_bytes"] < 0.1 * cost["csa-hca"]["cache_bytes"]
+
+
+def test_an_untrained_model_knows_nothing_anywhere(corpus: Corpus) -> None:
+    model = Variant.read("attention-window").build(corpus, 0).eval()
+    domain = corpus.domains["prose"]
+    found = context.measure_context(
+        model, Corpus(corpus.tokenizer, {"prose": Domain(domain.train, domain.held_out[:16], 1)})
+    )
+    assert found["prose_by_place"] == pytest.approx([np.log(VOCABULARY)] * 7)
+    assert found["recall"]["probability"] == pytest.approx([1 / VOCABULARY] * 6)
+    assert found["recall"]["distances"] == list(facts.DISTANCES)
+    assert json.loads(json.dumps(found)) == found

@@ -27,7 +27,7 @@ def measure_context(model: Dsv4ForCausalLM, corpus: Corpus, seed: int = 0) -> di
     weights. Every model gets the same questions.
     """
     model.set_kernels("torch")
-    found: dict[str, Any] = {"active_parameters": active_parameters(model)}
+    found: dict[str, Any] = {}
     rows = {name: d.held_out.reshape(-1, PROBE) for name, d in corpus.domains.items()}
     for name, some in rows.items():
         losses = token_losses(model, some[:3], batch=1)
@@ -65,11 +65,3 @@ def measure_cost(model: Dsv4ForCausalLM, row: np.ndarray) -> dict[str, int]:
         "prefill_flops": prompt.get_total_flops(),
         "cache_bytes": out.past_key_values.memory_bytes(),
     }
-
-
-def active_parameters(model: Dsv4ForCausalLM) -> int:
-    """Parameters that one token meets: of the routed experts only those that it is sent to."""
-    config = model.config
-    routed = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-    total = sum(p.numel() for p in model.parameters())
-    return total - routed + routed * config.num_experts_per_tok // config.n_routed_experts

@@ -26,7 +26,7 @@ _ASKED = 0.75
 # Rows grow: (up to which part of the steps, tokens in a row, part of it that facts cover). All
 # steps have as many tokens, unless a single row is longer.
 _PHASES = (
-    (0.4, 128, 0.95), (0.6, 256, 0.3), (0.8, 1024, 0.1), (0.95, 2048, 0.05), (1.0, 4096, 0.025)
+    (0.45, 128, 0.95), (0.6, 256, 0.3), (0.85, 1024, 0.1), (0.97, 2048, 0.05), (1.0, 4096, 0.025)
 )  # fmt: skip
 _SILENT = -100
 

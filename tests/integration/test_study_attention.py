@@ -17,6 +17,7 @@ sys.path.append(str(ROOT / "examples"))
 
 from nano.data import Corpus, Domain  # noqa: E402
 from study import context, facts  # noqa: E402
+from study.memory import active_parameters  # noqa: E402
 from study.variant import Variant  # noqa: E402
 
 VOCABULARY = 4096
@@ -142,7 +143,7 @@ def test_variants_have_equal_parameters_and_less_to_do(corpus: Corpus) -> None:
     for variant in (v for v in Variant.all() if v.group == "attention"):
         model = variant.build(corpus, 0).eval()
         total.append(sum(p.numel() for p in model.parameters()))
-        active.append(context.active_parameters(model))
+        active.append(active_parameters(model))
         with torch.no_grad():
             cost[variant.name.removeprefix("attention-")] = context.measure_cost(model, row)
     assert max(total) / min(total) < 1.01

@@ -5,6 +5,7 @@ import csv
 import json
 from pathlib import Path
 
+from .context_tables import attention_table
 from .plots import draw
 from .tables import (
     Found,
@@ -59,21 +60,6 @@ def residual_table(found: Found, variants: list[Variant]) -> list[str]:
         cells.append(interval([max(line["grad_norm"] for line in r["lines"]) for r in runs]))
         cells += [interval(peak["forward"]), ", ".join(f"{gain:.2g}" for gain in peak["forward"])]
         lines.append(row(*cells, interval(peak["backward"]), str(len(runs))))
-    return lines
-
-
-def attention_table(found: Found, variants: list[Variant]) -> list[str]:
-    places = ("0-127", "128-255", "256-511", "512-1k", "1k-2k", "2k-4k", "4k-8k")
-    lines = head("attention", "GFLOP of 8k tokens", "cache", *(f"prose {p}" for p in places),
-                  "seeds")  # fmt: skip
-    for v in variants:
-        runs = found.get(v.name, [])
-        cells = [
-            v.title, interval([r["flops"] / 1e9 for r in runs]),
-            interval([r["cache_bytes"] / 1e6 for r in runs]) + (" MB" if runs else ""),
-        ]  # fmt: skip
-        cells += [interval([r["prose_by_place"][i] for r in runs]) for i in range(len(places))]
-        lines.append("| " + " | ".join([*cells, str(len(runs))]) + " |")
     return lines
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from .context_tables import cost_panel, loss_panel, recall_panel
 from .drafting import by_place
 from .tables import BIASED, KINDS, Found, half_width, paired
 from .variant import Variant
@@ -29,6 +30,7 @@ def draw(
     panels: dict[str, list[Any]] = {group: [_losses] for group in groups}
     panels["residual"] += [_gain_by_step, _gain_by_site]
     panels["memory"] += [_differences]
+    panels["attention"] = [loss_panel, recall_panel, cost_panel]
     panels["routing"] = [_loads("busiest"), _loads("entropy")]
     for group, parts in panels.items():
         runs = [(v.title, found[v.name]) for v in variants if v.group == group and v.name in found]

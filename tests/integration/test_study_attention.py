@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "examples"))
 
 from nano.data import Corpus, Domain  # noqa: E402
-from study import context, facts  # noqa: E402
+from study import context, context_tables, facts  # noqa: E402
 from study.memory import active_parameters  # noqa: E402
 from study.variant import Variant  # noqa: E402
 
@@ -170,3 +170,47 @@ def test_an_untrained_model_knows_nothing_anywhere(corpus: Corpus) -> None:
     assert found["recall"]["probability"] == pytest.approx([1 / VOCABULARY] * 6)
     assert found["recall"]["distances"] == list(facts.DISTANCES)
     assert json.loads(json.dumps(found)) == found
+
+
+def log(seed: int, loss: float, recalled: float, flops: int) -> dict[str, Any]:
+    places = [loss + 0.1 * seed] * 7
+    recall = {key: [recalled] * 6 for key in ("exact", "among", "probability")}
+    return {
+        "seed": seed, "parameters": 1000, "active": 900, "flops": flops, "cache_bytes": flops,
+        "prefill_flops": flops // 2, "prose_by_place": places, "code_by_place": places,
+        "recall": {**recall, "distances": list(facts.DISTANCES), "chance": 0.125},
+    }  # fmt: skip
+
+
+def test_tables_compare_with_full_attention_seed_by_seed() -> None:
+    variants = [v for v in Variant.all() if v.group == "attention"]
+    found = {
+        "attention-full": [log(0, 3.0, 1.0, 8_000_000_000), log(1, 3.0, 0.9, 8_000_000_000)],
+        "attention-window": [log(1, 3.5, 0.2, 2_000_000_000)],
+    }
+    text = "\n".join(context_tables.attention_table(found, variants))
+    assert (
+        "| window of 32 alone | 1,000 | 900 | 2 | 25 % | 1 | 25 % | 2e+03 MB | 25 % | 1 |" in text
+    )
+    losses = next(x for x in text.splitlines() if x.startswith("| window of 32 alone | prose"))
+    assert "3.6 (one seed)" in losses
+    assert losses.endswith("| +0.500 (one seed) |")
+    assert "| full attention | likeliest of all | 0.95 ± 0.64 |" in text
+    assert "7,168 tokens back" in text
+    assert "| CSA + HCA (V4) | not run |" in text
+    assert "| CSA + HCA (V4) | code | not run |" in text
+
+
+def test_panels_draw_what_the_logs_say(tmp_path: Path) -> None:
+    plt = pytest.importorskip("matplotlib").figure
+    figure = plt.Figure()
+    axes = figure.subplots(1, 3)
+    runs = [("full", [log(0, 3.0, 1.0, 8), log(1, 3.0, 0.8, 8)]), ("other", [log(0, 3.5, 0.2, 2)])]
+    panels = context_tables.loss_panel, context_tables.recall_panel, context_tables.cost_panel
+    for panel, axis in zip(panels, axes, strict=True):
+        panel(axis, runs)
+    first, second = axes[1].containers
+    assert first.lines[0].get_ydata() == pytest.approx([0.9] * 6)
+    assert second.lines[0].get_xdata().tolist() == list(facts.DISTANCES)
+    assert axes[0].containers[0].lines[0].get_ydata() == pytest.approx([3.05] * 7)
+    assert [bar.get_height() for bar in axes[2].containers[1]] == [0.25, 0.25, 0.25]

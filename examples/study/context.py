@@ -11,11 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_dsv4 import Dsv4ForCausalLM
 
-from .facts import CHANCE, DISTANCES, PROBE, Words, recall
+from .facts import CHANCE, PROBES, Words, recall
 from .memory import token_losses
 
+LENGTH = 8192
 # Places double: the first 128 tokens, the next 128, the next 256, ...
 EDGES = [0, *(128 << i for i in range(7))]
+
+# Rows of each length that are asked.
+_MOST = 40
 
 
 @torch.no_grad()
@@ -28,15 +32,18 @@ def measure_context(model: Dsv4ForCausalLM, corpus: Corpus, seed: int = 0) -> di
     """
     model.set_kernels("torch")
     found: dict[str, Any] = {}
-    rows = {name: d.held_out.reshape(-1, PROBE) for name, d in corpus.domains.items()}
+    rows = {name: d.held_out.reshape(-1, LENGTH) for name, d in corpus.domains.items()}
     for name, some in rows.items():
         losses = token_losses(model, some[:3], batch=1)
         found[f"{name}_by_place"] = [
             float(losses[:, start:stop].mean()) for start, stop in pairwise(EDGES)
         ]
     every = np.concatenate(list(rows.values()))
-    found["recall"] = recall(model, every, Words.of(corpus.tokenizer), seed)
-    found["recall"] |= {"distances": list(DISTANCES), "chance": CHANCE}
+    words = Words.of(corpus.tokenizer)
+    found["recall"] = {
+        str(size): recall(model, every.reshape(-1, size)[:_MOST], words, seed) for size in PROBES
+    }
+    found["chance"] = CHANCE
     found |= measure_cost(model, every[:1])
     model.set_kernels("auto")
     return found

@@ -6,11 +6,13 @@ from statistics import mean
 from typing import Any
 
 from .context import EDGES
+from .facts import PROBES
 from .tables import Found, difference, half_width, head, interval, paired, row
 from .variant import Variant
 
 Runs = list[tuple[str, list[dict[str, Any]]]]
 _PLACES = ("0-127", "128-255", "256-511", "512-1k", "1k-2k", "2k-4k", "4k-8k")
+_DISTANCES = max(PROBES.values(), key=len)
 _MEASURES = (
     ("exact", "likeliest of all"),
     ("among", "of its kind"),
@@ -56,12 +58,14 @@ def _losses(runs: Runs) -> list[str]:
 
 
 def _recall(runs: Runs) -> list[str]:
-    known = next((r["recall"]["distances"] for _, seeds in runs for r in seeds), [])
-    lines = head("attention", "true value is", *(f"{d:,} tokens back" for d in known))
+    lines = head("attention", "row", "true value is", *(f"{d:,} back" for d in _DISTANCES))
     for title, seeds in runs:
-        for key, label in _MEASURES if seeds else ():
-            values = [[r["recall"][key][i] for r in seeds] for i in range(len(known))]
-            lines.append(row(title, label, *(interval(v, 2) for v in values)))
+        for size, distances in PROBES.items() if seeds else ():
+            for key, label in _MEASURES:
+                told = [r["recall"][str(size)][key] for r in seeds]
+                cells = [interval([values[i] for values in told], 2) for i in range(len(distances))]
+                cells += [""] * (len(_DISTANCES) - len(cells))
+                lines.append(row(title, f"{size:,}", label, *cells))
     return lines
 
 
@@ -73,17 +77,24 @@ def loss_panel(axis: Any, runs: Runs) -> None:
             [mean(pair) for pair in zip(r["prose_by_place"], r["code_by_place"], strict=True)]
             for r in seeds
         ]
-        _curve(axis, title, middles, curves)
+        _curve(axis, middles, curves, label=title)
     axis.set_xscale("log", base=2)
     axis.set(xlabel="place in the row", ylabel="held-out loss, nats")
     axis.legend(fontsize=7)
 
 
 def recall_panel(axis: Any, runs: Runs) -> None:
-    """How often a planted fact is recalled, by distance; dotted: a guess that knows the kind."""
+    """How often a planted fact is recalled, by distance; dotted: a guess that knows the kind.
+
+    Full lines: in rows of 1,024 tokens; dashed, in the same colour: of 8,192.
+    """
     for title, seeds in runs:
-        _curve(axis, title, seeds[0]["recall"]["distances"], [r["recall"]["exact"] for r in seeds])
-    axis.axhline(runs[0][1][0]["recall"]["chance"], color="black", lw=0.7, ls=":")
+        color = None
+        for size, distances in PROBES.items():
+            told = [r["recall"][str(size)]["exact"] for r in seeds]
+            style = {"label": title} if color is None else {"color": color, "ls": "--"}
+            color = _curve(axis, list(distances), told, **style)
+    axis.axhline(runs[0][1][0]["chance"], color="black", lw=0.7, ls=":")
     axis.set_xscale("log", base=2)
     axis.set(xlabel="tokens between fact and question", ylabel="recalled", ylim=(-0.02, 1.02))
     axis.legend(fontsize=7)
@@ -102,8 +113,9 @@ def cost_panel(axis: Any, runs: Runs) -> None:
     axis.set(ylabel=f"against {runs[0][0]}")
 
 
-def _curve(axis: Any, title: str, x: list[float], curves: list[list[float]]) -> None:
+def _curve(axis: Any, x: list[float], curves: list[list[float]], **style: Any) -> Any:
+    """Means of seeds with their intervals; returns the colour."""
     columns = list(zip(*curves, strict=True))
     halves = [half_width(list(c)) if len(c) > 1 else 0.0 for c in columns]
-    axis.errorbar(x, [mean(c) for c in columns], halves, fmt="o-", ms=3, lw=1, label=title,
-                  capsize=2)  # fmt: skip
+    style = {"marker": "o", "ms": 3, "lw": 1, "capsize": 2, **style}
+    return axis.errorbar(x, [mean(c) for c in columns], halves, **style)[0].get_color()

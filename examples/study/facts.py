@@ -7,7 +7,7 @@ later `KIND` is a question whose answer stands in the row. Kinds and values are 
 tokenizer has as one token each, the rarest first.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,15 @@ from tokenizers import Tokenizer
 
 KINDS, VALUES, LINE = 12, 8, 2
 CHANCE = 1 / VALUES
-# Tokens between the two mentions; the first lies within every window, the second in none.
-DISTANCES = (16, 32, 128, 512, 2048, 7168)
-PROBE = 8192
+# Rows in which is asked, and tokens between fact and question; the shortest lies within a window.
+PROBES = {1024: (16, 32, 128, 512), 8192: (16, 32, 128, 512, 2048, 7168)}
 # How often a line of a training row asks for what was said before.
 _ASKED = 0.75
 # Rows grow: (up to which part of the steps, tokens in a row, part of it that facts cover). All
 # steps have as many tokens, unless a single row is longer.
-_PHASES = (
-    (0.45, 128, 0.95), (0.6, 256, 0.3), (0.85, 1024, 0.1), (0.97, 2048, 0.05), (1.0, 4096, 0.025)
-)  # fmt: skip
+_PHASES = ((0.4, 128, 0.95), (0.5, 256, 0.3), (0.8, 1024, 0.1), (1.0, 1024, 0.06))
+# Part of the text that is learned from, so that answers are not drowned.
+_TAUGHT = 0.25
 _SILENT = -100
 
 
@@ -65,10 +64,11 @@ def plant_stream(
     """A training row [s] with facts, asked again at all distances, and its labels [s].
 
     Each line asks for an earlier one with a chance of 0.75: for the one whose distance is nearest
-    to a draw that is even on a logarithmic scale. Nothing is to be learned from a first mention, so
-    it has no labels.
+    to a draw that is even on a logarithmic scale. Labels are all answers and a quarter of the text;
+    nothing is to be learned from a first mention.
     """
-    row, labels = row.astype(np.int64), row.astype(np.int64)
+    row = row.astype(np.int64)
+    labels = np.where(rng.random(len(row)) < _TAUGHT, row, _SILENT)
     lines = int(len(row) * cover / LINE)
     # Places of lines among what is left when every line is one token.
     short = np.sort(rng.choice(len(row) - lines * (LINE - 1), lines, replace=False))
@@ -139,7 +139,9 @@ class Probe:
     distances: np.ndarray
 
 
-def plant_probe(row: np.ndarray, words: Words, rng: np.random.Generator) -> Probe:
+def plant_probe(
+    row: np.ndarray, words: Words, rng: np.random.Generator, distances: Sequence[int]
+) -> Probe:
     """Facts of all kinds over a held-out row [s], every distance as often.
 
     All questions stand behind the longest distance, whatever they ask for, so that the place in
@@ -147,10 +149,10 @@ def plant_probe(row: np.ndarray, words: Words, rng: np.random.Generator) -> Prob
     """
     row, taken = row.astype(np.int64), np.zeros(len(row), dtype=bool)
     kinds, asked = rng.permutation(KINDS), []
-    distances = np.repeat(DISTANCES, KINDS // len(DISTANCES))
-    for kind, distance in zip(kinds, distances, strict=True):
+    far = np.repeat(distances, KINDS // len(distances))
+    for kind, distance in zip(kinds, far, strict=True):
         while True:
-            question = int(rng.integers(max(DISTANCES), len(row) - LINE))
+            question = int(rng.integers(max(distances), len(row) - LINE))
             both = [slice(at, at + LINE) for at in (question - distance, question)]
             if not any(taken[place].any() for place in both):
                 break
@@ -158,32 +160,34 @@ def plant_probe(row: np.ndarray, words: Words, rng: np.random.Generator) -> Prob
         for place in both:
             row[place], taken[place] = fact, True
         asked.append(question)
-    return Probe(row, np.array(asked), kinds, distances)
+    return Probe(row, np.array(asked), kinds, far)
 
 
 @torch.no_grad()
 def recall(
     model: Callable[..., Any], rows: np.ndarray, words: Words, seed: int
-) -> dict[str, list[float]]:
-    """Recall of planted facts by distance, over held-out rows [r, s].
+) -> dict[str, list[Any]]:
+    """Recall of planted facts by distance, over held-out rows [r, s], s one of `PROBES`.
 
     Returns:
-        lists by distance. `exact`: how often the true value is the likeliest of all tokens;
+        lists by distance: `distances`. `exact`: how often the true value is the likeliest of all tokens;
         `among`: how often it is the likeliest of its kind's 8 values; `probability`: what the
         model gives to it, mean. A guess that knows the kind has 1/8 of each.
     """
     rng = np.random.default_rng(seed)
-    found, distances = [], []
+    distances, far, found = PROBES[rows.shape[1]], [], []
     for row in rows:
-        probe = plant_probe(row, words, rng)
+        probe = plant_probe(row, words, rng, distances)
         out = model(input_ids=torch.from_numpy(probe.row)[None], use_cache=False).logits[0]
         p = out[torch.from_numpy(probe.asked)].float().softmax(-1).numpy()
         value, values = probe.row[probe.asked + 1], words.values[probe.kinds]
         choice = np.take_along_axis(p, values, 1).argmax(1)
         among = np.take_along_axis(values, choice[:, None], 1)[:, 0] == value
         given = np.take_along_axis(p, value[:, None], 1)[:, 0]
-        found.append(np.stack((p.argmax(1) == value, among, given)))
-        distances.append(probe.distances)
-    means = [np.concatenate(found, 1)[:, np.concatenate(distances) == d].mean(1) for d in DISTANCES]
+        found.append(np.stack((p.argmax(1) == value, among, given)).astype(np.float64))
+        far.append(probe.distances)
+    means = [np.concatenate(found, 1)[:, np.concatenate(far) == d].mean(1) for d in distances]
     exact, among, given = np.array(means).T.tolist()
-    return {"exact": exact, "among": among, "probability": given}
+    return {
+        "distances": list(distances), "exact": exact, "among": among, "probability": given
+    }  # fmt: skip

@@ -147,7 +147,7 @@ def test_variants_have_equal_parameters_and_less_to_do(corpus: Corpus) -> None:
         with torch.no_grad():
             cost[variant.name.removeprefix("attention-")] = context.measure_cost(model, row)
     assert max(total) / min(total) < 1.01
-    assert max(active) / min(active) < 1.01
+    assert max(active) / min(active) < 1.02
     assert all(a < t for a, t in zip(active, total, strict=True))
     # Two products over 2 heads of 64 channels, for each pair of tokens and layer, and no less.
     assert cost["full"]["flops"] > 4 * 2 * 64 * 4 * 2048 * 2049 / 2

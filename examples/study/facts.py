@@ -170,9 +170,9 @@ def recall(
     """Recall of planted facts by distance, over held-out rows [r, s], s one of `PROBES`.
 
     Returns:
-        lists by distance: `distances`. `exact`: how often the true value is the likeliest of all tokens;
-        `among`: how often it is the likeliest of its kind's 8 values; `probability`: what the
-        model gives to it, mean. A guess that knows the kind has 1/8 of each.
+        lists by distance: `distances`; `exact`: how often the true value is the likeliest of all
+        tokens; `among`: how often it is the likeliest of its kind's 8 values; `probability`: what
+        the model gives to it, mean. A guess that knows the kind has 1/8 of each.
     """
     rng = np.random.default_rng(seed)
     distances, far, found = PROBES[rows.shape[1]], [], []

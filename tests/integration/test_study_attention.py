@@ -71,31 +71,33 @@ def guesses(words: facts.Words) -> Any:
     return model
 
 
-def rows(count: int) -> np.ndarray:
-    return np.random.default_rng(1).integers(5, 200, (count, facts.PROBE)).astype(np.uint16)
+def rows(count: int, size: int = 8192) -> np.ndarray:
+    return np.random.default_rng(1).integers(5, 200, (count, size)).astype(np.uint16)
 
 
 def test_who_copies_recalls_all_and_who_copies_near_recalls_near(words: facts.Words) -> None:
-    found = facts.recall(copies(facts.PROBE), rows(2), words, 0)
+    found = facts.recall(copies(8192), rows(2), words, 0)
     for key in ("exact", "among", "probability"):
-        assert found[key] == pytest.approx([1.0] * len(facts.DISTANCES)), key
+        assert found[key] == pytest.approx([1.0] * 6), key
     found = facts.recall(copies(512), rows(2), words, 0)
     assert found["exact"] == [1, 1, 1, 1, 0, 0]
+    assert found["distances"] == [16, 32, 128, 512, 2048, 7168]
 
 
 def test_who_guesses_has_the_chance_that_is_stated(words: facts.Words) -> None:
-    found = facts.recall(guesses(words), rows(24), words, 0)
-    assert found["probability"] == pytest.approx([facts.CHANCE] * len(facts.DISTANCES), abs=0.01)
-    # 288 questions: three standard errors.
-    assert np.mean(found["exact"]) == pytest.approx(facts.CHANCE, abs=0.058)
+    found = facts.recall(guesses(words), rows(60, 1024), words, 0)
+    assert found["probability"] == pytest.approx([facts.CHANCE] * 4, abs=0.01)
+    # 720 questions: three standard errors.
+    assert np.mean(found["exact"]) == pytest.approx(facts.CHANCE, abs=0.037)
     assert found["exact"] == found["among"]
 
 
-def test_a_probe_asks_each_fact_once_at_its_distance(words: facts.Words) -> None:
-    text = rows(1)[0]
-    probe = facts.plant_probe(text, words, np.random.default_rng(3))
-    assert sorted(probe.distances) == sorted(facts.DISTANCES * (facts.KINDS // 6))
-    assert probe.asked.min() >= max(facts.DISTANCES)
+@pytest.mark.parametrize("size", facts.PROBES)
+def test_a_probe_asks_each_fact_once_at_its_distance(words: facts.Words, size: int) -> None:
+    text, far = rows(1, size)[0], facts.PROBES[size]
+    probe = facts.plant_probe(text, words, np.random.default_rng(3), far)
+    assert sorted(probe.distances) == sorted(far * (facts.KINDS // len(far)))
+    assert probe.asked.min() >= max(far)
     for at, kind, distance in zip(probe.asked, probe.kinds, probe.distances, strict=True):
         places = np.flatnonzero(probe.row == words.kinds[kind])
         assert places.tolist() == [at - distance, at]
@@ -110,6 +112,7 @@ def test_a_training_row_teaches_answers_and_no_first_mentions(words: facts.Words
     row, labels = facts.plant_stream(text, words, np.random.default_rng(2), 0.25)
     silent = labels == -100
     assert np.array_equal(row[~silent], labels[~silent])
+    assert 0.3 < silent.mean() < 0.9
     known: dict[int, int] = {}
     answers = 0
     for at in np.flatnonzero(np.isin(row, words.kinds)):
@@ -128,7 +131,7 @@ def test_a_training_row_teaches_answers_and_no_first_mentions(words: facts.Words
 def test_batches_grow_and_are_the_same_for_every_variant(corpus: Corpus) -> None:
     recipe = Variant.read("attention-full").recipe_for(0)
     batches = facts.FactBatches(corpus, recipe)
-    for step, length in ((0, 128), (recipe.steps - 1, 4096)):
+    for step, length in ((0, 128), (recipe.steps - 1, 1024)):
         assert batches.shape(step)[1] == length
     first, second = (next(iter(facts.FactBatches(corpus, recipe))) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
@@ -167,18 +170,22 @@ def test_an_untrained_model_knows_nothing_anywhere(corpus: Corpus) -> None:
         model, Corpus(corpus.tokenizer, {"prose": Domain(domain.train, domain.held_out[:16], 1)})
     )
     assert found["prose_by_place"] == pytest.approx([np.log(VOCABULARY)] * 7)
-    assert found["recall"]["probability"] == pytest.approx([1 / VOCABULARY] * 6)
-    assert found["recall"]["distances"] == list(facts.DISTANCES)
+    assert found["recall"]["8192"]["probability"] == pytest.approx([1 / VOCABULARY] * 6)
+    assert found["recall"]["1024"]["distances"] == [16, 32, 128, 512]
+    assert found["chance"] == 1 / 8
     assert json.loads(json.dumps(found)) == found
 
 
 def log(seed: int, loss: float, recalled: float, flops: int) -> dict[str, Any]:
     places = [loss + 0.1 * seed] * 7
-    recall = {key: [recalled] * 6 for key in ("exact", "among", "probability")}
+    keys = ("exact", "among", "probability")
+    recall = {
+        str(size): dict.fromkeys(keys, [recalled] * len(d)) for size, d in facts.PROBES.items()
+    }
     return {
         "seed": seed, "parameters": 1000, "active": 900, "flops": flops, "cache_bytes": flops,
         "prefill_flops": flops // 2, "prose_by_place": places, "code_by_place": places,
-        "recall": {**recall, "distances": list(facts.DISTANCES), "chance": 0.125},
+        "recall": recall, "chance": 0.125,
     }  # fmt: skip
 
 
@@ -195,9 +202,10 @@ def test_tables_compare_with_full_attention_seed_by_seed() -> None:
     losses = next(x for x in text.splitlines() if x.startswith("| window of 32 alone | prose"))
     assert "3.6 (one seed)" in losses
     assert losses.endswith("| +0.500 (one seed) |")
-    assert "| full attention | likeliest of all | 0.95 ± 0.64 |" in text
-    assert "7,168 tokens back" in text
+    assert text.count("| full attention | 1,024 | likeliest of all | 0.95 ± 0.64 |") == 1
+    assert text.count("7,168 back") == 1
     assert "| CSA + HCA (V4) | not run |" in text
+    assert "| CSA + HCA (V4) | 1,024 |" not in text
     assert "| CSA + HCA (V4) | code | not run |" in text
 
 
@@ -209,8 +217,9 @@ def test_panels_draw_what_the_logs_say(tmp_path: Path) -> None:
     panels = context_tables.loss_panel, context_tables.recall_panel, context_tables.cost_panel
     for panel, axis in zip(panels, axes, strict=True):
         panel(axis, runs)
-    first, second = axes[1].containers
-    assert first.lines[0].get_ydata() == pytest.approx([0.9] * 6)
-    assert second.lines[0].get_xdata().tolist() == list(facts.DISTANCES)
+    short, long, other, _ = axes[1].containers
+    assert short.lines[0].get_ydata() == pytest.approx([0.9] * 4)
+    assert long.lines[0].get_ydata() == pytest.approx([0.9] * 6)
+    assert other.lines[0].get_xdata().tolist() == list(facts.PROBES[1024])
     assert axes[0].containers[0].lines[0].get_ydata() == pytest.approx([3.05] * 7)
     assert [bar.get_height() for bar in axes[2].containers[1]] == [0.25, 0.25, 0.25]

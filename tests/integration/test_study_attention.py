@@ -160,7 +160,7 @@ def test_variants_have_equal_parameters_and_less_to_do(corpus: Corpus) -> None:
     # What follows in a prompt is read from the entries of one decoder layer.
     ced = cost["csa2-ced"]
     assert ced["prefill_flops"] < 0.7 * ced["flops"]
-    assert cost["window"]["cache_bytes"] < 0.1 * cost["csa-hca"]["cache_bytes"]
+    assert cost["window"]["cache_bytes"] < 0.2 * cost["csa-hca"]["cache_bytes"]
 
 
 def test_an_untrained_model_knows_nothing_anywhere(corpus: Corpus) -> None:

@@ -209,10 +209,8 @@ def test_tables_compare_with_full_attention_seed_by_seed() -> None:
     assert "| CSA + HCA (V4) | code | not run |" in text
 
 
-def test_panels_draw_what_the_logs_say(tmp_path: Path) -> None:
-    plt = pytest.importorskip("matplotlib").figure
-    figure = plt.Figure()
-    axes = figure.subplots(1, 3)
+def test_panels_draw_what_the_logs_say() -> None:
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots(1, 3)
     runs = [("full", [log(0, 3.0, 1.0, 8), log(1, 3.0, 0.8, 8)]), ("other", [log(0, 3.5, 0.2, 2)])]
     panels = context_tables.loss_panel, context_tables.recall_panel, context_tables.cost_panel
     for panel, axis in zip(panels, axes, strict=True):

@@ -13,11 +13,7 @@ from .variant import Variant
 Runs = list[tuple[str, list[dict[str, Any]]]]
 _PLACES = ("0-127", "128-255", "256-511", "512-1k", "1k-2k", "2k-4k", "4k-8k")
 _DISTANCES = max(PROBES.values(), key=len)
-_MEASURES = (
-    ("exact", "likeliest of all"),
-    ("among", "of its kind"),
-    ("probability", "probability"),
-)
+_MEASURES = (("exact", "likeliest of all"), ("probability", "probability"))
 
 
 def attention_table(found: Found, variants: list[Variant]) -> list[str]:

@@ -156,7 +156,8 @@ def test_variants_have_equal_parameters_and_less_to_do(corpus: Corpus) -> None:
     assert cost["full"]["flops"] > 4 * 2 * 64 * 4 * 2048 * 2049 / 2
     for name in ("csa-hca", "csa2-ced"):
         assert cost[name]["flops"] < 0.6 * cost["full"]["flops"], name
-        assert cost[name]["cache_bytes"] < 0.3 * cost["full"]["cache_bytes"], name
+        # Keys of all tokens in four layers, float32.
+        assert cost[name]["cache_bytes"] < 0.8 * 4 * 2048 * 64 * 4, name
     # What follows in a prompt is read from the entries of one decoder layer.
     ced = cost["csa2-ced"]
     assert ced["prefill_flops"] < 0.7 * ced["flops"]

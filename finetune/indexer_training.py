@@ -71,6 +71,7 @@ class IndexerTeacher:
     Attributes:
         weight: factor of the loss; with gradient accumulation 1 / steps.
         entries: "visible" or "selected".
+        added: what the last pass in training added to the model's own loss, in nats.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class IndexerTeacher:
                 "teach_indexer: wanted an indexer that trains, got none; attach adapters with "
                 "train_indexer=True"
             )
+        self.added = 0.0
         self._watching = False
         self._latents: torch.Tensor | None = None
         self._keys: KeySource | None = None
@@ -153,6 +155,8 @@ class IndexerTeacher:
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> Any:
         watched, self._watching = self._watching, False
+        if watched:
+            self.added = 0.0
         self._latents = self._keys = None
         if not watched or not self._losses:
             return None
@@ -164,7 +168,8 @@ class IndexerTeacher:
             return None
         scale = self.weight / len(self._losses)
         gradients = {p: g * scale for p, g in self._gradients.items()}
-        loss = output.loss.new_tensor(sum(self._losses) * scale)
+        self.added = sum(self._losses) * scale
+        loss = output.loss.new_tensor(self.added)
         output.loss = output.loss + _WithGradients.apply(
             loss, list(gradients.values()), *gradients.keys()
         )

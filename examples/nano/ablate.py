@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.pretraining import every_entry
 from modeling_dsv4 import Dsv4ForCausalLM, hyper_ops
 from modeling_dsv4.hyper_connection import HyperConnection
 from modeling_dsv4.indexer import Indexer, Selection
@@ -94,18 +95,6 @@ def _visible(module: Indexer, args: tuple) -> tuple[torch.Tensor, torch.Tensor, 
     windows = segments.windows(module.ratio)
     k = min(module.config.index_topk, keys.shape[1])
     return windows.upto[..., None], windows.own[..., None], k
-
-
-@contextmanager
-def every_entry(model: Dsv4ForCausalLM) -> Iterator[None]:
-    """No selection at all: queries read whatever they see, as in a dense model."""
-    config = model.config
-    kept = config.index_topk, config.candidate_topk_blocks
-    config.index_topk, config.candidate_topk_blocks = 1 << 20, 1 << 20
-    try:
-        yield
-    finally:
-        config.index_topk, config.candidate_topk_blocks = kept
 
 
 ABLATIONS: dict[str, Callable[[Dsv4ForCausalLM], Any]] = {

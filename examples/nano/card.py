@@ -28,8 +28,8 @@ _DATA = """## Data
 | code | sympy 1.14.0, 2-60 kB outside `tests` | every 12th from the 8th | BSD-3-Clause |
 
 Both packages are checked against pinned hashes. The speeches are works of the US government
-(17 USC 105), their package is MIT. A third of the code that is not held out trains. The byte-level
-BPE of 4,096 tokens saw training texts only.
+(17 USC 105), their package is MIT. {code} of the code that is not held out trains: {mix}.
+The byte-level BPE of 4,096 tokens saw training texts only, and a third of that code.
 Samples of sympy's style or wording in what the model writes fall under its BSD licence:
 Copyright (c) 2006-2023 SymPy Development Team.
 """
@@ -38,8 +38,15 @@ Copyright (c) 2006-2023 SymPy Development Team.
 def card(found: dict[str, Any]) -> str:
     """Markdown from what `publish.measure` returned."""
     return "\n".join(
-        [_HEAD, _quality(found), _ablations(found), _recipe(found), _DATA, _tail(found)]
+        [_HEAD, _quality(found), _ablations(found), _recipe(found), _data(found), _tail(found)]
     )
+
+
+def _data(found: dict[str, Any]) -> str:
+    tokens = {name: d["training_tokens"] for name, d in found["domains"].items()}
+    whole = sum(tokens.values())
+    parts = [f"{n / 1e6:.2f} M tokens of {k} ({n / whole:.0%})" for k, n in tokens.items()]
+    return _DATA.format(code="All" if found["all_code"] else "A third", mix=", ".join(parts))
 
 
 def _quality(found: dict[str, Any]) -> str:
@@ -85,13 +92,18 @@ def _recipe(found: dict[str, Any]) -> str:
     tokens, minutes = found["tokens_seen"], found["seconds"] / 60
     trained = sum(d["training_tokens"] for d in found["domains"].values())
     epochs, pace = tokens / trained, tokens / found["seconds"]
+    apart = r["document_start"] is not None
+    plan = "" if found["plan"] == "first" else f" --plan {found['plan']}"
     return f"""## Recipe
 
-`python examples/pretrain_nano.py`: {found["parameters"] / 1e6:.2f} M parameters,
+`python examples/pretrain_nano.py{plan}`: {found["parameters"] / 1e6:.2f} M parameters,
 {tokens / 1e6:.2f} M tokens seen of {trained / 1e6:.2f} M ({epochs:.2f} epochs)
 in {found["steps"]} steps of {r["rows"]} x {r["length"]}, {minutes:.1f} minutes on
-{found["threads"]} threads ({pace:,.0f} tokens/s), seed {r["seed"]}, torch {found["torch"]},
-float32.
+{found["threads"]} thread(s) ({pace:,.0f} tokens/s), seed {r["seed"]}, torch {found["torch"]},
+float32. A token takes {found["flops_per_token"] / 1e6:.1f} million operations, forward and
+backward: {found["utilization"]:.0%} of what products of large matrices reach on the machine that
+measured ({found["matmul_rate"] / 1e9:,.0f} GFLOP/s).
+Rows {"do not look" if apart else "look"} across documents.
 
 Muon ({r["matrix_rate"]:g}, decay {r["matrix_decay"]:g}) for the matrices inside blocks; AdamW for
 embeddings ({r["embed_rate"]:g}), head ({r["head_rate"]:g}), norms, routers and mHC
@@ -102,8 +114,8 @@ indexer learns to predict what attention reads; from then on they read its choic
 
 ![loss](loss.svg)
 
-`python examples/pretrain_nano.py --steps 50 --check` repeats the first 50 steps and compares with
-`losses.csv`.
+`python examples/pretrain_nano.py{plan} --steps 50 --check` repeats the first 50 steps and compares
+with `losses.csv`.
 """
 
 

@@ -8,13 +8,14 @@
 
 The speeches are in the public domain (17 USC 105; the package is MIT), sympy is BSD-3-Clause.
 
-Code is three times as plentiful as wanted: every third of the remaining modules trains. The texts
-are checked against a pinned hash, so a number in the model card means the same bytes everywhere.
+Every third of the remaining modules trains the tokenizer and the first nano; all of them train the
+longer one. The texts are checked against a pinned hash, so a number in the model card means the
+same bytes everywhere.
 """
 
 import hashlib
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -180,11 +181,16 @@ def held_out_rows(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, i
     return rows, int(np.array(size)[rows[:, 1:]].sum())
 
 
-def load_corpus(tokenizer: Tokenizer | None = None) -> Corpus:
-    """Read, check, split and encode both domains; without a tokenizer one is trained."""
+def load_corpus(tokenizer: Tokenizer | None = None, all_code: bool = False) -> Corpus:
+    """Read, check, split and encode both domains; without a tokenizer one is trained.
+
+    `all_code`: everything that is not held out trains; the tokenizer is the same one.
+    """
     texts = {name: source.split() for name, source in SOURCES.items()}
     if tokenizer is None:
         tokenizer = train_tokenizer([t for train, _ in texts.values() for t in train])
+    if all_code:
+        texts["code"] = replace(SOURCES["code"], train=slice(None)).split()
     domains = {}
     for name, (train, held_out) in texts.items():
         rows, size = held_out_rows(tokenizer, held_out)

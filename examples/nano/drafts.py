@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from finetune.expert_balance import ExpertBalance
+from finetune.muon import Muon
+from finetune.pretraining_settings import schedule
+from finetune.token_batches import TokenBatches
 from modeling_dsv4 import Dsv4ForCausalLM
 from modeling_dsv4.draft_training import draft_loss
 from modeling_dsv4.precision import FLOAT32_NAMES
 
 from .data import PAD, Corpus
-from .optim import Muon, schedule
-from .recipe import Recipe
-from .train import Balance, Batches
 
 # Two stages of four experts: as deep as 3 MB allow.
 SHAPE = {
@@ -110,15 +111,15 @@ def optimizers(model: Dsv4ForCausalLM, recipe: DraftRecipe) -> list[torch.optim.
 def train_head(model: Dsv4ForCausalLM, corpus: Corpus, recipe: DraftRecipe) -> Iterator[DraftStep]:
     """Train the head of a model that `with_head` made, yielding a report after every step."""
     model.eval()
-    balance = Balance(model.mtp)
+    balance = ExpertBalance(model.mtp)
     optimizer = optimizers(model, recipe)
     peaks = [o.param_groups[0]["lr"] for o in optimizer]
     weights = [p for p in model.mtp.parameters() if p.requires_grad]
     dice = torch.Generator().manual_seed(recipe.seed)
-    text = Recipe(seed=recipe.seed, rows=recipe.rows, length=recipe.length)
+    text = TokenBatches(corpus.train, recipe.length, recipe.rows, recipe.steps, recipe.seed)
     last = recipe.length - SHAPE["dspark_block_size"]
-    for number, ids in zip(range(recipe.steps), Batches(corpus.train, text), strict=False):
-        start = time.perf_counter()
+    for number in range(recipe.steps):
+        start, ids = time.perf_counter(), text[number]["input_ids"]
         anchors = 1 + torch.randperm(last, generator=dice)[: recipe.anchors]
         found = draft_loss(model, ids, anchors, recipe.decay)
         (found.tokens + found.confidence).backward()

@@ -15,17 +15,19 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from finetune.pretraining_settings import Step
+from finetune.utilization import CountOperations, matmul_rate
 from modeling_dsv4 import Dsv4ForCausalLM
 
 from .ablate import WHOLE, ablate
 from .card import card
 from .data import Corpus, save_tokenizer
 from .ngram import NGram
-from .recipe import Recipe
-from .train import Step, held_out_loss
+from .recipe import Plan, Recipe
+from .train import held_out_loss
 
 SHIPPED_ROWS = 16
-MAX_BYTES = 20_000_000
+MAX_BYTES = 37_000_000
 
 
 def read_losses(path: Path) -> list[Step]:
@@ -60,7 +62,7 @@ def plot(steps: Sequence[Step], recipe: Recipe, stem: Path) -> None:
     loss = np.array([s.loss for s in steps])
     width = max(1, len(loss) // 40)
     smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
-    seen = np.array([s.number for s in steps]) * recipe.rows * recipe.length / 1e6
+    seen = np.array([s.number for s in steps]) * recipe.step_tokens / 1e6
     figure, (top, low) = pyplot.subplots(
         2, 1, figsize=(7, 5), sharex=True, height_ratios=(3, 1), layout="constrained"
     )
@@ -79,10 +81,20 @@ def plot(steps: Sequence[Step], recipe: Recipe, stem: Path) -> None:
     pyplot.close(figure)
 
 
+def count_flops(model: Dsv4ForCausalLM, rows: np.ndarray) -> float:
+    """Operations of a token in training: forward and backward over rows [r, 512], counted."""
+    ids = torch.from_numpy(rows.astype(np.int64))
+    with CountOperations() as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad()
+    return counter.total / ids.numel()
+
+
 def measure(
-    model: Dsv4ForCausalLM, corpus: Corpus, steps: Sequence[Step], recipe: Recipe, threads: int
+    model: Dsv4ForCausalLM, corpus: Corpus, steps: Sequence[Step], plan: Plan, threads: int
 ) -> dict[str, Any]:
     """Every number of the card: the model beside n-grams of the same tokens, and its ablations."""
+    recipe = plan.recipe
     losses = ablate(model, corpus)
     ngram = NGram(corpus.train, model.config.vocab_size)
     domains = {}
@@ -96,12 +108,21 @@ def measure(
             "ngram_perplexity": ngram.perplexities(domain.held_out),
             "shipped_rows_loss": held_out_loss(model, domain.held_out[:SHIPPED_ROWS]),
         }
+    seconds = sum(s.seconds for s in steps)
+    flops, rate = count_flops(model, corpus.domains["prose"].held_out[:4]), matmul_rate()
+    tokens = len(steps) * recipe.step_tokens
     return {
         "parameters": model.num_parameters(),
+        "plan": plan.name,
+        "all_code": plan.all_code,
+        "changes": plan.changes,
         "recipe": asdict(recipe),
         "steps": len(steps),
-        "tokens_seen": len(steps) * recipe.rows * recipe.length,
-        "seconds": sum(s.seconds for s in steps),
+        "tokens_seen": tokens,
+        "seconds": seconds,
+        "flops_per_token": flops,
+        "matmul_rate": rate,
+        "utilization": flops * tokens / seconds / rate,
         "threads": threads,
         "machine": platform.machine(),
         "torch": torch.__version__,
@@ -130,7 +151,7 @@ def publish(
     model: Dsv4ForCausalLM,
     corpus: Corpus,
     steps: Sequence[Step],
-    recipe: Recipe,
+    plan: Plan,
     folder: Path,
     threads: int,
 ) -> dict[str, Any]:
@@ -139,7 +160,7 @@ def publish(
     `threads` is how many trained the model.
 
     Raises:
-        ValueError: the weights take more than 20 MB.
+        ValueError: the weights take more than `MAX_BYTES`.
     """
     draft = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
@@ -150,7 +171,7 @@ def publish(
         raise ValueError(f"the checkpoint: wanted at most {MAX_BYTES:,} bytes, got {size:,}")
     save_tokenizer(corpus.tokenizer, draft)
     written = Dsv4ForCausalLM.from_pretrained(draft, dtype=torch.float32).eval()
-    found = {"bytes": size, **measure(written, corpus, steps, recipe, threads)}
+    found = {"bytes": size, **measure(written, corpus, steps, plan, threads)}
     found["samples"] = [
         sample(written, corpus, prompt)
         for prompt in ("The people of the United States", "def _eval_simplify(self, **kwargs):\n")
@@ -161,7 +182,7 @@ def publish(
     }
     save_file(rows, draft / "held_out.safetensors")
     write_losses(steps, draft / "losses.csv")
-    plot(steps, recipe, draft / "loss")
+    plot(steps, plan.recipe, draft / "loss")
     (draft / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (draft / "README.md").write_text(card(found), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is trained and how: the nano's architecture, its first weights and its recipe."""
+"""What is trained and how: the nano's architecture, its first weights and its recipes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from finetune.pretraining_settings import Pretraining
 from modeling_dsv4 import Dsv4Config, Dsv4ForCausalLM
 from modeling_dsv4.engram_hash import build_token_map
 
@@ -13,37 +14,33 @@ from .data import BOS, EOS, PAD, Tokenizer
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """One training run; the same values give the same losses.
+class Recipe(Pretraining):
+    """One training run, first weights included; the same values give the same losses."""
 
-    Rates are peaks. `matrix_rate` is Muon's; the others are AdamW's. Until `sparse_from` (a
-    fraction of the steps) queries read every entry, and the indexer only watches; from then on
-    they read what it chooses. `teach_rows` rows of a batch teach it.
-    """
-
-    seed: int = 1
-    steps: int = 1200
-    rows: int = 8
-    length: int = 512
-    warmup: int = 40
-    matrix_rate: float = 0.02
-    matrix_decay: float = 0.05
-    rate: float = 3e-3
-    embed_rate: float = 2e-2
-    head_rate: float = 3e-3
-    table_rate: float = 1.5e-2
-    index_rate: float = 3e-3
-    balance_rate: float = 1e-2
-    clip: float = 1.0
-    floor: float = 0.0
-    sparse_from: float = 0.5
-    teach_rows: int = 1
     embed_std: float = 0.3
 
-    @property
-    def tokens(self) -> int:
-        """Tokens seen over the whole run."""
-        return self.steps * self.rows * self.length
+
+@dataclass(frozen=True)
+class Plan:
+    """A nano: its recipe, what its configuration changes, and whether all of the code trains.
+
+    `name` is what `pretrain_nano.py --plan` takes; the first plan is the default.
+    """
+
+    name: str
+    recipe: Recipe
+    changes: dict[str, int] = field(default_factory=dict)
+    all_code: bool = False
+
+
+PLANS = {
+    plan.name: plan
+    for plan in (
+        Plan("first", Recipe()),
+        # Memories cost no time here, and 5,000 rows are shared by too many n-grams.
+        Plan("long", Recipe(steps=2400, document_start=BOS), {"engram_vocab_size": 20_000}, True),
+    )
+}
 
 
 def nano_config(tokenizer: Tokenizer, **changes: object) -> Dsv4Config:

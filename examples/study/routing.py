@@ -3,7 +3,7 @@
 
 | kind | what moves |
 |---|---|
-| bias | selection biases by a fixed step (`nano.train.Balance`; Wang et al., 2024) |
+| bias | selection biases by a fixed step (`finetune.expert_balance`; Wang et al., 2024) |
 | loss | the router, by a loss beside the language model's (Switch §2.2, arXiv 2101.03961) |
 | none | nothing |
 """

@@ -4,19 +4,20 @@
 import csv
 import json
 import platform
-import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from nano.data import Corpus
-from nano.optim import schedule
-from nano.train import Balance, Batches, optimizers
-from torch import nn
+from nano.recipe import Recipe
+from transformers import TrainerCallback
 
-from finetune.indexer_training import IndexerTeacher
+from finetune.pretraining import Pretrainer, pretrain
+from finetune.pretraining_settings import Step
+from finetune.token_batches import TokenBatches
 from modeling_dsv4 import Dsv4ForCausalLM
 
 from .context import measure_context
@@ -44,14 +45,10 @@ def run(
     """Train, write `NAME-sSEED.csv` and `.json` into a folder, and return what was measured."""
     recipe = variant.recipe_for(seed)
     model = variant.build(corpus, seed).train()
-    lines = []
     facts = FactBatches(corpus, recipe) if variant.group == "attention" else None
-    for line in _train(model, corpus, recipe, steps or recipe.steps, facts):
-        lines.append(line)
-        if tell is not None:
-            tell(line)
-    batches = zip(lines, Batches(corpus.train, recipe), strict=False)
-    read = np.concatenate([ids.numpy() for _, ids in batches])
+    lines = _train(model, corpus, recipe, steps or recipe.steps, facts, tell)
+    text = TokenBatches(corpus.train, recipe.length, recipe.rows, len(lines), recipe.seed)
+    read = np.concatenate([text[i]["input_ids"].numpy() for i in range(len(lines))])
     found = measure(model, variant, corpus, read)
     found |= {
         "variant": variant.name, "seed": seed, "steps": len(lines),
@@ -74,50 +71,58 @@ def run(
 def _train(
     model: Dsv4ForCausalLM,
     corpus: Corpus,
-    recipe: Any,
+    recipe: Recipe,
     steps: int,
     facts: FactBatches | None = None,
-) -> Any:
-    balance = Balance(model.model.layers)
-    selects = bool(model.config.index_source_layer_ids)
-    teacher = IndexerTeacher(model) if selects else None
-    config = model.config
-    aux = config.router_aux_loss_coef
-    sparse = config.index_topk, config.candidate_topk_blocks
-    optimizer = optimizers(model, recipe)
-    peaks = [[g["lr"] for g in o.param_groups] for o in optimizer]
-    weights = [p for p in model.parameters() if p.requires_grad]
-    pairs = facts or ((ids, ids) for ids in Batches(corpus.train, recipe))
-    for number, (ids, labels) in zip(range(steps), pairs, strict=False):
-        start = time.perf_counter()
-        # Until the indexer has seen enough, queries read every entry, as in V3.2's warm-up.
-        dense = selects and number < recipe.sparse_from * recipe.steps
-        config.index_topk, config.candidate_topk_blocks = (1 << 20,) * 2 if dense else sparse
-        with recorded(model) as combs:
-            out = model(input_ids=ids, labels=labels, output_router_logits=aux > 0)
-        loss = out.loss
-        even = balance_loss(out.router_logits, config.num_experts_per_tok) if aux else 0.0
-        (loss + aux * even).backward()
-        norm = nn.utils.clip_grad_norm_(weights, recipe.clip)
-        factor = schedule(number, recipe.steps, recipe.warmup, recipe.floor)
-        for o, rates in zip(optimizer, peaks, strict=True):
-            for group, rate in zip(o.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-            o.step()
-            o.zero_grad()
-        loads = spread(balance.counts)
-        balance.step(recipe.balance_rate * (1 - number / recipe.steps))
-        seconds = time.perf_counter() - start
-        kl = teacher.metrics()["kl"] if teacher is not None else 0.0
-        line = {"step": number + 1, "loss": loss.item() - kl, "grad_norm": float(norm),
-                **loads, "seconds": seconds}  # fmt: skip
-        if number % _EVERY == 0 or number == steps - 1:
-            forward, backward = gains(combs)
-            line |= {"forward_gain": max(forward), "backward_gain": max(backward)}
-        config.index_topk, config.candidate_topk_blocks = sparse
-        yield line
-        if not np.isfinite(line["loss"]):
-            return
+    tell: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """A line per step; the run ends early where the loss is no number any more."""
+    gauge = Gauge(model, steps)
+    lines: list[dict[str, float]] = []
+
+    def note(step: Step, trainer: Pretrainer) -> None:
+        line = {"step": step.number, "loss": step.loss, "grad_norm": step.grad_norm,
+                **spread(trainer.balance.last), "seconds": step.seconds}  # fmt: skip
+        lines.append(line | gauge.found)
+        if tell is not None:
+            tell(lines[-1])
+
+    aux, top_k = model.config.router_aux_loss_coef, model.config.num_experts_per_tok
+    # It is asked of the configuration: a pass of the Trainer has no keywords but a batch's.
+    model.config.output_router_logits = aux > 0
+    batches = corpus.train if facts is None else [
+        {"input_ids": ids, "labels": labels}
+        for (ids, labels), _ in zip(facts, range(steps), strict=False)
+    ]  # fmt: skip
+    pretrain(
+        model, batches, recipe, stop_at=steps, tell=note, callbacks=[gauge],
+        more_loss=(lambda out: aux * balance_loss(out.router_logits, top_k)) if aux else None,
+    )  # fmt: skip
+    return lines
+
+
+class Gauge(TrainerCallback):
+    """Records what every site mixes, and measures gains every few steps.
+
+    Attributes:
+        found: largest forward and backward gain of the last step; empty where not measured.
+    """
+
+    def __init__(self, model: Dsv4ForCausalLM, steps: int) -> None:
+        self.model, self.steps = model, steps
+        self.found: dict[str, float] = {}
+        self._stack = ExitStack()
+        self._combs: list[torch.Tensor] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._combs = self._stack.enter_context(recorded(self.model))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stack.close()
+        self.found = {}
+        if (state.global_step - 1) % _EVERY == 0 or state.global_step == self.steps:
+            forward, backward = gains(self._combs)
+            self.found = {"forward_gain": max(forward), "backward_gain": max(backward)}
 
 
 @torch.no_grad()

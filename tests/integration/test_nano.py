@@ -17,16 +17,17 @@ ROOT = Path(__file__).parents[2]
 NANO = ROOT / "models" / "nano-v41"
 sys.path.append(str(ROOT / "examples"))
 
-from nano import ablate, data, drafts, optim, publish, recipe, train  # noqa: E402
+from nano import ablate, data, drafts, publish, recipe, train  # noqa: E402
 from nano.ngram import NGram  # noqa: E402
 
+from finetune.pretraining_settings import Step  # noqa: E402
 from modeling_dsv4 import Dsv4ForCausalLM  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def corpus() -> data.Corpus:
+def corpus(results: dict[str, Any]) -> data.Corpus:
     """Both packages read, checked, split and encoded by a freshly trained tokenizer."""
-    return data.load_corpus()
+    return data.load_corpus(all_code=results.get("all_code", False))
 
 
 @pytest.fixture(scope="module")
@@ -121,69 +122,31 @@ def test_n_gram_probabilities_sum_to_one() -> None:
 # --- training -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(3, 24, 48), (2, 48, 24)])
-def test_orthogonalized_matrices_stretch_nothing_far(shape: tuple[int, ...]) -> None:
-    stretch = torch.linalg.svdvals(optim.orthogonalize(torch.randn(shape)))
-    assert stretch.min() > 0.3
-    assert stretch.max() < 1.4
+def train_again(
+    corpus: data.Corpus, results: dict[str, Any], steps: int
+) -> tuple[Dsv4ForCausalLM, list[Step]]:
+    """The first steps of the plan that made what was shipped."""
+    plan = recipe.PLANS[results.get("plan", "first")]
+    config = recipe.nano_config(corpus.tokenizer, **plan.changes)
+    return train.train(corpus, config, plan.recipe, stop_at=steps)
 
 
-def test_muon_steps_gate_and_up_apart() -> None:
-    torch.manual_seed(0)
-    value, grad = torch.randn(4, 32, 24), torch.randn(4, 32, 24)
-    whole = torch.nn.Parameter(value.clone())
-    parts = [torch.nn.Parameter(value[:, at : at + 16].clone()) for at in (0, 16)]
-    whole.grad, parts[0].grad, parts[1].grad = grad, grad[:, :16].clone(), grad[:, 16:].clone()
-    optim.Muon([whole], lr=0.1, halves=[whole]).step()
-    optim.Muon(parts, lr=0.1).step()
-    torch.testing.assert_close(whole.data, torch.cat([p.data for p in parts], dim=1))
-
-
-def test_the_schedule_rises_once_and_ends_at_its_floor() -> None:
-    rates = [optim.schedule(i, 100, 10, floor=0.1) for i in range(101)]
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert max(rates) == 1
-    assert rates[100] == pytest.approx(0.1)
-
-
-def test_every_epoch_reads_other_rows_of_the_same_text() -> None:
-    plan = recipe.Recipe(rows=2, length=8)
-    tokens = np.arange(100, dtype=np.uint16)
-    batches = iter(train.Batches(tokens, plan))
-    epoch = torch.cat([next(batches) for _ in range(5)])
-    assert len(set(epoch[:, 0].tolist())) == len(epoch)
-    again = iter(train.Batches(tokens, plan))
-    torch.testing.assert_close(torch.cat([next(again) for _ in range(5)]), epoch)
-
-
-def test_balancing_raises_the_bias_of_an_idle_expert(shipped: Dsv4ForCausalLM) -> None:
-    balance = train.Balance(shipped.model.layers)
-    gate, counts = balance.gates[0], balance.counts[0]
-    before = gate.e_score_correction_bias.clone()
-    for c in balance.counts:
-        c.fill_(4)
-    counts[0], counts[1] = 0, 8
-    worst = balance.step(0.1)
-    moved = gate.e_score_correction_bias - before
-    gate.e_score_correction_bias.copy_(before)
-    assert worst == 2
-    torch.testing.assert_close(moved[:3], torch.tensor([0.1, -0.1, 0.0]), atol=1e-6, rtol=0)
-
-
-def test_training_again_repeats_the_first_losses(corpus: data.Corpus) -> None:
+def test_training_again_repeats_the_first_losses(
+    corpus: data.Corpus, results: dict[str, Any]
+) -> None:
     stored = publish.read_losses(NANO / "losses.csv")
-    run = train.train(corpus, recipe.nano_config(corpus.tokenizer), recipe.Recipe())
-    for (_, step), before in zip(run, stored[:3], strict=False):
+    _, steps = train_again(corpus, results, 3)
+    for step, before in zip(steps, stored[:3], strict=True):
         assert step.loss == pytest.approx(before.loss, abs=2e-4)
 
 
 @pytest.mark.slow
-def test_training_again_repeats_the_loss_at_step_50(corpus: data.Corpus) -> None:
+def test_training_again_repeats_the_loss_at_step_50(
+    corpus: data.Corpus, results: dict[str, Any]
+) -> None:
     stored = publish.read_losses(NANO / "losses.csv")[49]
-    run = train.train(corpus, recipe.nano_config(corpus.tokenizer), recipe.Recipe())
-    step = next(s for _, s in run if s.number == 50)
-    assert step.loss == pytest.approx(stored.loss, abs=0.03)
+    _, steps = train_again(corpus, results, 50)
+    assert steps[-1].loss == pytest.approx(stored.loss, abs=0.03)
 
 
 # --- what was shipped ---------------------------------------------------------------------------

@@ -30,14 +30,36 @@ class GrpoRun(RunTrainer, GRPOTrainer):
 
     questions: Tasks
     held_out: Tasks | None
+    _asked: list[int]
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        self._asked = [int(at) for at in prompts]
         return [self.questions.rows[int(at)][0].input_ids for at in prompts], None, {}
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
+    ) -> tuple[list[list[int]], list[Any] | None]:
+        drawn, log_probs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        # What stands behind `stop` earns nothing, so nothing of it may be learned.
+        stops = [self.questions.tasks[at].question.stop for at in self._asked]
+        answers = [self._answer(ids, stop) for ids, stop in zip(drawn, stops, strict=True)]
+        if log_probs is not None:
+            log_probs = [p[: len(ids)] for p, ids in zip(log_probs, answers, strict=True)]
+        return answers, log_probs
+
+    def _answer(self, ids: list[int], stop: str | None) -> list[int]:
+        """The tokens of an answer up to those that complete `stop`."""
+        if stop is None or stop not in self._text(ids):
+            return ids
+        return next(ids[:n] for n in range(1, len(ids) + 1) if stop in self._text(ids[:n]))
+
+    def _text(self, ids: list[int]) -> str:
+        return self.processing_class.decode(ids, skip_special_tokens=True)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         count = int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
+        # The state's own count is TRL's.
         self.pace.tokens += count
-        self.state.num_input_tokens_seen += count
         return super()._compute_loss(model, inputs)
 
     def evaluate(

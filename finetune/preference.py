@@ -132,8 +132,15 @@ def answer_log_prob(
     return -float(model(**batch, use_cache=False).loss) * example.num_labels
 
 
-def held_out_margin(model: nn.Module, rows: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
-    """How much likelier wanted answers are than others: difference of the two means, in nats."""
+def held_out_margin(
+    model: nn.Module, rows: Examples, tokenizer: PreTrainedTokenizerBase
+) -> float | None:
+    """How much likelier wanted answers are than others: difference of the two means, in nats.
+
+    None where rated answers are all of one kind.
+    """
+    if isinstance(rows, Rated) and len(set(rows.labels)) < 2:
+        return None
     sums: dict[bool, list[float]] = {True: [], False: []}
     training = model.training
     model.eval()
@@ -142,7 +149,7 @@ def held_out_margin(model: nn.Module, rows: Examples, tokenizer: PreTrainedToken
         for label, example in zip(wanted, row, strict=True):
             sums[label].append(answer_log_prob(model, example, tokenizer))
     model.train(training)
-    means = {label: sum(found) / max(len(found), 1) for label, found in sums.items()}
+    means = {label: sum(found) / len(found) for label, found in sums.items()}
     return means[True] - means[False]
 
 

@@ -10,6 +10,7 @@ those of every run here: a continued run is bit by bit the undisturbed one.
 """
 
 import json
+import logging
 import math
 import tempfile
 import time
@@ -38,6 +39,7 @@ from .pretraining_settings import Pretraining, Step, schedule, steps_of
 from .token_batches import TokenBatches
 from .utilization import CountOperations, matmul_rate, processor_seconds
 
+logger = logging.getLogger(__name__)
 SETTINGS_FILE = "pretraining.json"
 _EVERY_ENTRY = 1 << 20
 
@@ -170,6 +172,11 @@ class Pretrainer(SafeCheckpoints, MeasuredTrainer):
         super().log(logs, start_time)
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
+                logger.warning(
+                    "step %d: the loss is %s; the run ends here",
+                    self.state.global_step,
+                    logs["loss"],
+                )
                 self.control.should_training_stop = True
             if self.tell is not None:
                 self.tell(steps_of(self.state.log_history[-1:])[0], self)

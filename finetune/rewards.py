@@ -94,7 +94,7 @@ def read_task(content: dict[str, Any], line: int) -> RewardedTask:
 def _weight(value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value == 0:
-        raise ValueError(f"`weight`: wanted a number other than 0, got {short(value)}")
+        raise ValueError(f"`weight`: wanted a finite number other than 0, got {short(value)}")
     return float(value)
 
 

@@ -77,6 +77,36 @@ def test_rewarded_answers_become_likelier(
     drawn = [entry for entry in log if "reward" in entry]
     assert len(drawn) == 8
     assert all(entry["tokens"] > 0 and entry["kl"] >= 0 for entry in drawn)
+    # Questions and answers of every row, each once.
+    assert [entry["tokens"] for entry in drawn] == [entry["num_tokens"] for entry in drawn]
+
+
+def test_nothing_is_learned_from_behind_the_end_of_an_answer(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, make_run: MakeRun
+) -> None:
+    config = make_run(max_new_tokens=24)
+    lines = [json.loads(line) for line in Path(config.data).read_text().splitlines()]
+    for line in lines[::2]:
+        line["stop"] = "e"
+    Path(config.data).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = prepare_data(config, tokenizer)
+    model = attach_adapters(make_model(), "attention+shared", r=8)
+    trainer: Any = make_trainer(model, config, data, tokenizer)
+    rows = [{"prompt": str(i), "task": i} for i in range(len(data.train)) for _ in range(8)]
+    torch.manual_seed(0)
+    got = trainer._generate_and_score_completions(rows)
+    cut = 0
+    for row, ids, mask in zip(rows, got["completion_ids"], got["completion_mask"], strict=True):
+        learned = ids[mask.bool()].tolist()
+        text, before = (
+            tokenizer.decode(x, skip_special_tokens=True) for x in (learned, learned[:-1])
+        )
+        if data.train.tasks[row["task"]].question.stop is None:
+            assert len(learned) == 24 or learned[-1] in trainer.eos_token_ids
+        else:
+            assert "e" not in before
+            cut += "e" in text and len(learned) < 24
+    assert cut > 4
 
 
 @pytest.mark.parametrize("kind", ["v4", "v4.1"])

@@ -56,7 +56,7 @@ def test_weights_of_all_rules_that_hold_are_added() -> None:
         ({"prompt": "q", "rewards": [{"weight": 1}]}, "rule 0: wanted one of `answer`"),
         (
             {"prompt": "q", "rewards": [{"regex": "a"}, {"regex": "b", "weight": 0}]},
-            "rule 1: `weight`: wanted a number other than 0",
+            "rule 1: `weight`: wanted a finite number other than 0",
         ),
     ],
 )

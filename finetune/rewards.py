@@ -10,7 +10,7 @@
 | `stop` | text that ends an answer |
 
 A line has one of `answer`, `regex` and `rewards`; the rules are those of `tasks`, which `eval`
-measures by. A weight may be negative. Other keys are left alone.
+measures by. A weight may be negative. `choices` and `tools` are refused; other keys are left alone.
 """
 
 import math
@@ -56,6 +56,12 @@ def build_task(value: Any, line: int, where: str) -> Record:
     """
     if not isinstance(value, dict):
         raise ValueError(f"wanted an object, got {type(value).__name__}")
+    unread = sorted({"choices", "tools", "functions"} & value.keys())
+    if unread:
+        raise ValueError(
+            f"`{unread[0]}`: questions with rewards have none; "
+            "wanted `answer`, `regex` or `rewards`"
+        )
     content = {key: value[key] for key in KEYS["task"] if key in value}
     read_task(content, line)
     return Record(line, "task", content, "task", where)

@@ -51,6 +51,8 @@ def test_weights_of_all_rules_that_hold_are_added() -> None:
         ({"prompt": "q", "answer": "a", "regex": "b"}, "got answer and regex"),
         ({"prompt": "q", "regex": "("}, "`regex`: wanted an expression"),
         ({"answer": "a"}, "wanted one of `prompt` and `messages`"),
+        ({"prompt": "q", "answer": 0, "choices": ["a"]}, "`choices`: questions with rewards have"),
+        ({"prompt": "q", "regex": "a", "tools": []}, "`tools`: questions with rewards have none"),
         ({"prompt": "q", "rewards": []}, "`rewards`: wanted a list of rules, got a list of 0"),
         ({"prompt": "q", "rewards": [{"regexp": "b"}]}, "rule 0: wanted `answer` or `regex`"),
         ({"prompt": "q", "rewards": [{"weight": 1}]}, "rule 0: wanted one of `answer`"),

@@ -20,6 +20,11 @@ def steps_per_epoch(config: RunConfig, rows: int, processes: int = 1) -> int:
     return max(1, math.ceil(batches / config.accumulation))
 
 
+def warmup_steps(config: RunConfig, epoch_steps: int) -> int:
+    """Whole steps of warm-up. Its first step has a rate of 0, so that a short run has none."""
+    return int(config.warmup_ratio * (config.max_steps or math.ceil(config.epochs * epoch_steps)))
+
+
 def training_settings(
     config: RunConfig,
     *,
@@ -46,7 +51,7 @@ def training_settings(
         "gradient_accumulation_steps": config.accumulation,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": _SCHEDULES.get(config.schedule, config.schedule),
-        "warmup_steps": config.warmup_ratio,
+        "warmup_steps": warmup_steps(config, epoch_steps),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "num_train_epochs": config.epochs,

@@ -93,6 +93,11 @@ def find_layout(row: dict[str, Any]) -> str:
             "wanted an answer to learn, got preferences (`prompt`, `chosen`, `rejected`); these "
             "are read by `train --objective dpo` (or orpo, kto)"
         )
+    if "completion" not in row and "prompt" in row and row.keys() & {"answer", "regex", "rewards"}:
+        raise ValueError(
+            "wanted an answer to learn, got a question with rewards (`prompt`, and `answer`, "
+            "`regex` or `rewards`); these are read by `train --objective grpo` and `eval --tasks`"
+        )
     if "completion" in row and "prompt" not in row:
         raise ValueError("`completion` without `prompt`")
     if "instruction" in row and "output" not in row and "text" not in row:

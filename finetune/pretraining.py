@@ -9,6 +9,7 @@ data are `token_batches`, groups and rates `pretraining_groups`. Checkpoints and
 those of every run here: a continued run is bit by bit the undisturbed one.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -275,8 +276,9 @@ def pretrain(
     stop_at = settings.steps if stop_at is None else stop_at
     if not 1 <= stop_at <= settings.steps:
         raise ValueError(f"stop_at: wanted 1 to {settings.steps} steps, got {stop_at}")
-    checkpoint = None if output is None else _open(Path(output), resume, settings)
     batches = _batches(data, settings, stop_at)
+    _check_vocabulary(batches[0], model.config.vocab_size, data)
+    checkpoint = None if output is None else _open(Path(output), resume, settings, _mark(data))
     with ExitStack() as stack:
         folder = output or stack.enter_context(tempfile.TemporaryDirectory())
         arguments = _arguments(settings, str(folder), stop_at, saves=output is not None)
@@ -307,7 +309,23 @@ def _batches(data: np.ndarray | Batches, run: Pretraining, steps: int) -> Batche
     return data
 
 
-def _open(output: Path, resume: bool, settings: Pretraining) -> Path | None:
+def _check_vocabulary(
+    first: dict[str, torch.Tensor], size: int, data: np.ndarray | Batches
+) -> None:
+    """Ids of the stream, or of the first batch, must be the model's."""
+    ids = data if isinstance(data, np.ndarray) else first["input_ids"]
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= size:
+        raise ValueError(f"data: wanted ids of 0 to {size - 1}, got {least} to {most}")
+
+
+def _mark(data: np.ndarray | Batches) -> str:
+    """What tells data apart: a hash of the stream, or of the first batch."""
+    ids = data if isinstance(data, np.ndarray) else data[0]["input_ids"].numpy()
+    return hashlib.sha256(np.ascontiguousarray(ids, dtype=np.int64).tobytes()).hexdigest()
+
+
+def _open(output: Path, resume: bool, settings: Pretraining, data: str) -> Path | None:
     """The checkpoint to go on from; settings stand beside it, and must be the same."""
     sweep(output)
     last, file = last_checkpoint(output), output / SETTINGS_FILE
@@ -317,6 +335,7 @@ def _open(output: Path, resume: bool, settings: Pretraining) -> Path | None:
             "directory"
         )
     asked = {k: v for k, v in asdict(settings).items() if k != "checkpoint_minutes"}
+    asked["data"] = data
     if last is not None and file.is_file():
         held = json.loads(file.read_text(encoding="utf-8"))
         other = [name for name, value in asked.items() if held.get(name) != value]

@@ -54,6 +54,14 @@ class Pretraining:
         for name in ("steps", "rows", "length", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        for name in [key for key in vars(self) if key == "rate" or key.endswith("_rate")]:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: wanted a finite number of at least 0, got {value}")
+        if not 0 <= self.sparse_from <= 1:
+            raise ValueError(
+                f"sparse_from: wanted a fraction of the steps, 0 to 1, got {self.sparse_from}"
+            )
 
     @property
     def step_tokens(self) -> int:

@@ -25,7 +25,8 @@ class TokenBatches(Dataset[dict[str, torch.Tensor]]):
         document_start: id that begins every document; None lets rows look across documents.
 
     Raises:
-        ValueError: the stream is shorter than a batch and the offset of an epoch.
+        ValueError: no ids in one axis, a stream shorter than a batch and the offset of an epoch,
+            or a `document_start` that never comes.
     """
 
     def __init__(
@@ -37,6 +38,13 @@ class TokenBatches(Dataset[dict[str, torch.Tensor]]):
         seed: int,
         document_start: int | None = None,
     ) -> None:
+        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"tokens: wanted [n] ids, got {tokens.dtype} {list(tokens.shape)}")
+        if document_start is not None and not (tokens == document_start).any():
+            raise ValueError(
+                f"document_start: wanted an id of the stream, got {document_start}, which never "
+                "comes; None lets rows look across documents"
+            )
         if len(tokens) < length * (rows + 1):
             raise ValueError(
                 f"tokens: wanted at least {length * (rows + 1):,}, a batch and the offset of an "

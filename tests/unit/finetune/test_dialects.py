@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from finetune.dialects import find_layout
 from finetune.records import parse_record
 
 
@@ -104,6 +105,13 @@ def test_a_reason_never_shows_content(row: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="wanted") as caught:
         parse_record(json.dumps(row), 1)
     assert "hunter2" not in str(caught.value)
+
+
+def test_questions_with_rewards_are_told_where_they_are_read() -> None:
+    for rule in ({"answer": "a"}, {"regex": "a"}, {"rewards": []}):
+        with pytest.raises(ValueError, match="read by `train --objective grpo` and `eval --tasks`"):
+            find_layout({"prompt": "q", **rule})
+    assert find_layout({"prompt": "q", "completion": "c", "answer": "a"}) == "prompt_completion"
 
 
 def test_preferences_are_recognised() -> None:

@@ -126,6 +126,8 @@ def test_a_finished_run_that_goes_on_is_as_it_was(
     other = dataclasses.replace(RUN, rate=1.0, checkpoint_minutes=1)
     with pytest.raises(ValueError, match="got another rate; give another directory"):
         pretrain(first, tokens, other, tmp_path, resume=True)
+    with pytest.raises(ValueError, match="got another data; give another directory"):
+        pretrain(first, tokens[::-1].copy(), RUN, tmp_path, resume=True)
 
 
 def test_checkpoints_come_by_the_clock(
@@ -253,6 +255,17 @@ def test_wrong_settings_are_refused(make_model: MakeModel, tokens: np.ndarray) -
         Pretraining(rows=0)
     with pytest.raises(ValueError, match="stop_at: wanted 1 to 6 steps, got 7"):
         pretrain(make_model("v4.1"), tokens, RUN, stop_at=7)
+    with pytest.raises(ValueError, match="matrix_rate: wanted a finite number of at least 0"):
+        Pretraining(matrix_rate=-1.0)
+    with pytest.raises(ValueError, match="sparse_from: wanted a fraction of the steps"):
+        Pretraining(sparse_from=7)
+    size = make_model("v4.1").config.vocab_size
+    with pytest.raises(ValueError, match=rf"data: wanted ids of 0 to {size - 1}, got 1000 to"):
+        pretrain(make_model("v4.1"), tokens.astype(np.int64) + 1000, Pretraining(1, 6, 2, 24))
+    with pytest.raises(ValueError, match=r"tokens: wanted .n. ids, got float64"):
+        pretrain(make_model("v4.1"), tokens.astype(np.float64), RUN)
+    with pytest.raises(ValueError, match="document_start: wanted an id of the stream, got 289"):
+        pretrain(make_model("v4.1"), tokens, dataclasses.replace(RUN, document_start=289))
 
 
 def test_the_schedule_rises_once_and_ends_at_its_floor() -> None:

@@ -151,6 +151,30 @@ def tiny(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def train_tokenizer() -> Callable[..., Any]:
+    """`train_tokenizer(texts, vocab_size)`: byte-level BPE with the markers of the plain format."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def make(texts: list[str], vocab_size: int) -> Any:
+        raw = Tokenizer(models.BPE())
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<bos>", "<eos>", "<pad>", "<|user|>", "<|assistant|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        raw.train_from_iterator(texts, trainer)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def native_config() -> Callable[..., Any]:
     """`native_config(field=value, ...)`: a small configuration of transformers' own model."""
     from transformers import DeepseekV4Config

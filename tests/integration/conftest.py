@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 PRIVATE = Path(__file__).parents[2] / "examples" / "data" / "private.jsonl"
-SPECIALS = ["<bos>", "<eos>", "<pad>", "<|user|>", "<|assistant|>"]
 
 
 @pytest.fixture
@@ -26,27 +25,9 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, st
 
 
 @pytest.fixture(scope="session")
-def private_tokenizer() -> Callable[..., Any]:
-    """`private_tokenizer(vocab_size)`: byte-level BPE, trained on the shipped data."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    def make(vocab_size: int = 320) -> Any:
-        raw = Tokenizer(models.BPE())
-        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        raw.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=SPECIALS,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        raw.train_from_iterator([PRIVATE.read_text(encoding="utf-8")], trainer)
-        return PreTrainedTokenizerFast(
-            tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-        )
-
-    return make
+def private_tokenizer(train_tokenizer: Callable[..., Any]) -> Callable[..., Any]:
+    """`private_tokenizer(vocab_size)`: trained on the shipped data."""
+    return lambda vocab_size=320: train_tokenizer([PRIVATE.read_text(encoding="utf-8")], vocab_size)
 
 
 @pytest.fixture(scope="session")

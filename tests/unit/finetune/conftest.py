@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modeling_dsv4 import Dsv4Config, Dsv4ForCausalLM
 from modeling_dsv4.chat import FORMATS
 from modeling_dsv4.storage import Fp8GroupedLinear, Fp8Linear, PackedExperts
-
-SPECIALS = ["<bos>", "<eos>", "<pad>", "<|user|>", "<|assistant|>"]
 
 V4 = {
     "compress_ratios": [0, 4, 8],
@@ -41,21 +39,9 @@ V41 = {
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(train_tokenizer: Callable[..., Any]) -> PreTrainedTokenizerFast:
     """Byte-level BPE with the markers of the plain prompt format."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=290,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator(["the meter lasts nine years and the battery lasts too"] * 3, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
+    return train_tokenizer(["the meter lasts nine years and the battery lasts too"] * 3, 290)
 
 
 @pytest.fixture(scope="session")

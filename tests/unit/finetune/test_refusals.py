@@ -94,20 +94,24 @@ def test_damaged_adapters_are_named(make_model: MakeModel, tmp_path: Path) -> No
             call(tmp_path)
 
 
+def assert_every_reader_says(make_model: MakeModel, path: Path, message: str) -> None:
+    for call in (
+        inspect_adapter,
+        AdapterFile,
+        lambda folder: load_adapters(make_model(), folder),
+        lambda folder: import_adapter(folder, make_model()),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(path)
+
+
 @pytest.mark.parametrize("text", ["not json", "[]", '{"peft_type": "LORA", "auto_mapping": [1]}'])
 def test_every_reader_names_a_damaged_config(
     make_model: MakeModel, tmp_path: Path, text: str
 ) -> None:
     attach_adapters(make_model(), r=2).save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
-    for call in (
-        inspect_adapter,
-        AdapterFile,
-        lambda path: load_adapters(make_model(), path),
-        lambda path: import_adapter(path, make_model()),
-    ):
-        with pytest.raises(ValueError, match=r"adapter_config.json: wanted"):
-            call(tmp_path)
+    assert_every_reader_says(make_model, tmp_path, r"adapter_config.json: wanted")
 
 
 @pytest.mark.parametrize(
@@ -134,14 +138,7 @@ def test_a_damaged_choice_of_experts_is_named(
     told = json.loads(file.read_text())
     told["auto_mapping"]["hot_experts"][key] = value
     file.write_text(json.dumps(told))
-    for call in (
-        inspect_adapter,
-        AdapterFile,
-        lambda path: load_adapters(make_model(), path),
-        lambda path: import_adapter(path, make_model()),
-    ):
-        with pytest.raises(ValueError, match=rf"adapter_config.json: hot_experts.*{key}"):
-            call(tmp_path)
+    assert_every_reader_says(make_model, tmp_path, rf"adapter_config.json: hot_experts.*{key}")
 
 
 @pytest.mark.parametrize("text", ["{}", "not json", "[]"])

@@ -2,7 +2,9 @@
 """Small packs with known content, and small checkpoints to convert."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,26 @@ from quantize.pack import PROJECTIONS, PackFile, PackLayout, PackWriter, RecordL
 
 HIDDEN, WIDTH = 64, 32
 MakePack = Callable[..., tuple[PackFile, torch.Tensor]]
+
+
+@pytest.fixture(scope="session")
+def in_child() -> Callable[[Callable[[], bool]], int]:
+    """Use something in a forked process: 0 if it was true, 2 if not, 3 for a ValueError, 1 else."""
+
+    def run(use: Callable[[], bool]) -> int:
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            code = 1
+            try:
+                code = 0 if use() else 2
+            except ValueError:
+                code = 3
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    return run
 
 
 @pytest.fixture

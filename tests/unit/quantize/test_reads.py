@@ -20,6 +20,7 @@ from quantize.pack import PackFile
 from quantize.store import ExpertStore
 
 MakePack = Callable[..., tuple[PackFile, torch.Tensor]]
+InChild = Callable[[Callable[[], bool]], int]
 PIECE = 4096
 
 
@@ -327,31 +328,17 @@ def test_a_record_under_way_when_the_queue_is_closed_is_ended_by_its_last_piece(
     assert "closed" in str(read.error)
 
 
-def _in_child(use: Callable[[], bool]) -> int:
-    child = os.fork()
-    if not child:
-        signal.alarm(20)
-        code = 1
-        try:
-            code = 0 if use() else 2
-        except ValueError:
-            code = 3
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def test_a_forked_process_reads_by_itself(make_pack: MakePack) -> None:
+def test_a_forked_process_reads_by_itself(in_child: InChild, make_pack: MakePack) -> None:
     store, records = fill(make_pack, 3)
     for e in (0, 1, 2, 3):
         assert torch.equal(use(store, e), records[e])
-    assert _in_child(lambda: all(torch.equal(use(store, e), records[e]) for e in range(8))) == 0
+    assert in_child(lambda: all(torch.equal(use(store, e), records[e]) for e in range(8))) == 0
     assert torch.equal(use(store, 5), records[5])
     store.close()
 
 
 def test_reads_under_way_at_a_fork_are_begun_anew(
-    make_pack: MakePack, slow: threading.Event
+    in_child: InChild, make_pack: MakePack, slow: threading.Event
 ) -> None:
     store, records = fill(make_pack, 3, threads=1)
     store.announce(0, [1, 2, 3])
@@ -360,13 +347,15 @@ def test_reads_under_way_at_a_fork_are_begun_anew(
         slow.set()
         return all(torch.equal(use(store, e), records[e]) for e in (1, 2, 3, 4))
 
-    assert _in_child(look) == 0
+    assert in_child(look) == 0
     slow.set()
     assert torch.equal(use(store, 1), records[1])
     store.close()
 
 
-def test_a_store_that_was_changed_at_the_fork_is_refused(make_pack: MakePack) -> None:
+def test_a_store_that_was_changed_at_the_fork_is_refused(
+    in_child: InChild, make_pack: MakePack
+) -> None:
     store, _ = fill(make_pack, 3)
     held, go = threading.Event(), threading.Event()
 
@@ -378,7 +367,7 @@ def test_a_store_that_was_changed_at_the_fork_is_refused(make_pack: MakePack) ->
     thread = threading.Thread(target=hold)
     thread.start()
     assert held.wait(20)
-    assert _in_child(lambda: bool(len(use(store, 1)))) == 3
+    assert in_child(lambda: bool(len(use(store, 1)))) == 3
     go.set()
     thread.join()
     store.close()

@@ -4,7 +4,6 @@
 import copy
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from quantize.tables import RowLayout, TableFile, table_header
 LAYOUT = RowLayout("fp8_rows32", 256)
 ROWS = 3000
 Make = Callable[..., tuple[RowStore, list[np.ndarray]]]
+InChild = Callable[[Callable[[], bool]], int]
 
 
 @pytest.fixture(params=["C", "C, disk", "Python", "Python, disk"])
@@ -198,27 +198,15 @@ def test_a_store_is_shared_and_closes_what_it_opened(make: Make) -> None:
             os.fstat(descriptor)
 
 
-def _in_child(use: Callable[[], bool]) -> bool:
-    child = os.fork()
-    if not child:
-        signal.alarm(20)
-        code = 1
-        try:
-            code = 0 if use() else 2
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
 @pytest.mark.parametrize("busy", [False, True])
-def test_a_forked_process_reads_by_itself(make: Make, busy: bool) -> None:
+def test_a_forked_process_reads_by_itself(in_child: InChild, make: Make, busy: bool) -> None:
     store, rows = make()
     ids, others = np.array([5, 2900]), np.array([90, 1700, 2500])
     assert np.array_equal(store.take(0, ids), rows[0][ids])
     store.announce(0, others)
     if busy:
         store._lock.acquire()
-    assert _in_child(lambda: np.array_equal(store.take(0, others), rows[0][others]))
+    assert in_child(lambda: np.array_equal(store.take(0, others), rows[0][others])) == 0
     if busy:
         store._lock.release()
     assert np.array_equal(store.take(0, others), rows[0][others])

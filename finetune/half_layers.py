@@ -22,6 +22,7 @@ from modeling_dsv4 import hyper_ops, ops
 from modeling_dsv4.attention import Shared
 from modeling_dsv4.blocks import Pass
 from modeling_dsv4.engram import lookup_rows
+from modeling_dsv4.hyper_connection import close_and_open
 from modeling_dsv4.outputs import refuse_unknown
 from modeling_dsv4.rotary import rotation
 from modeling_dsv4.segments import RowState, find_segments
@@ -117,10 +118,10 @@ def open_layer(
     site = layer.attn_hc
     x, found, post, comb, streams = site(streams, pre if layer.single_pass else None)
     y, shared, _ = layer.self_attn(layer.input_layernorm(x), told.segments, told.turns, shared)
-    streams = hyper_ops.expand(y, streams, post, comb, site.kernels)
     pre = found if layer.single_pass else pre
-    site = layer.ffn_hc
-    x, found, post, comb, streams = site(streams, pre if layer.single_pass else None)
+    x, found, post, comb, streams = close_and_open(
+        site, layer.ffn_hc, y, streams, post, comb, pre if layer.single_pass else None
+    )
     x = layer.post_attention_layernorm(x)
     flat = x.flatten(0, 1)
     ids, types = (None if t is None else t.flatten() for t in (told.input_ids, told.token_types))

@@ -17,12 +17,13 @@ from .cache import LayerCache
 from .cache_storage import CachedRows
 from .configuration_dsv4 import Dsv4Config
 from .engram import Engram
-from .hyper_connection import HyperConnection
+from .hyper_connection import HyperConnection, close_and_open
 from .layers import RMSNorm
 from .moe import Dsv4MoE
 from .segments import Segments
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass
@@ -125,22 +126,33 @@ class Dsv4DecoderLayer(GradientCheckpointingLayer):
         def think(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return self.mlp(self.post_attention_layernorm(x), told.input_ids, told.token_types)
 
-        streams, pre, (shared, probabilities) = self._site(self.attn_hc, attend, streams, pre)
-        streams, pre, router_logits = self._site(self.ffn_hc, think, streams, pre)
+        streams, pre, (shared, probabilities), router_logits = self._sites(
+            attend, think, streams, pre
+        )
         return streams, pre, *shared, router_logits, probabilities
 
-    def _site(
+    def _sites(
         self,
-        site: HyperConnection,
-        block: Callable[[torch.Tensor], tuple[torch.Tensor, T]],
+        attend: Callable[[torch.Tensor], tuple[torch.Tensor, T]],
+        think: Callable[[torch.Tensor], tuple[torch.Tensor, U]],
         streams: torch.Tensor,
-        handed: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, T]:
-        """Collapse, run the block, expand; single-pass sites collapse with what was handed on."""
-        x, pre, post, comb, streams = site(streams, handed if self.single_pass else None)
-        u, more = block(x)
-        streams = hyper_ops.expand(u, streams, post, comb, site.kernels)
-        return streams, pre if self.single_pass else handed, more
+        pre: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, T, U]:
+        """Two sites: collapse, run the block, expand, each; the first closes as the second opens.
+
+        Single-pass sites collapse with what was handed on. The second is closed here and not as
+        the next layer opens: between layers streams are seen, changed, moved and checkpointed.
+        """
+        single = self.single_pass
+        first, second = self.attn_hc, self.ffn_hc
+        x, own, post, comb, streams = first(streams, pre if single else None)
+        u, seen = attend(x)
+        x, last, post, comb, streams = close_and_open(
+            first, second, u, streams, post, comb, own if single else None
+        )
+        u, thought = think(x)
+        streams = hyper_ops.expand(u, streams, post, comb, second.kernels)
+        return streams, last if single else pre, seen, thought
 
 
 def foresee_experts(layers: Iterable[nn.Module], told: Pass) -> None:

@@ -128,8 +128,7 @@ class Dsv4DraftStage(Dsv4DecoderLayer):
         def think(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return self.mlp(self.post_attention_layernorm(x))
 
-        streams, pre, keys = self._site(self.attn_hc, attend, streams, pre)
-        streams, pre, _ = self._site(self.ffn_hc, think, streams, pre)
+        streams, pre, keys, _ = self._sites(attend, think, streams, pre)
         return streams, pre, keys
 
     def meet(self, h: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,14 @@ Single-pass (V4.1): it hands `pre` to the NEXT site and collapses with the one i
 first site of a forward is handed the one-hot of stream 0. `post` and `comb` are never delayed.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from . import hyper_ops
 from .configuration_dsv4 import Dsv4Config
+from .kernel_choice import use_triton
 from .precision import Float32Parameters
 
 
@@ -39,25 +42,63 @@ class HyperConnection(Float32Parameters):
         return ("fn", "base", "scale")
 
     def forward(
-        self, streams: torch.Tensor, handed: torch.Tensor | None = None
+        self,
+        streams: torch.Tensor,
+        handed: torch.Tensor | None = None,
+        closing: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Open the site: [B, S, N, D] -> [B, S, D], collapsed with `handed` [B, S, N] if given.
+
+        `closing`, a block's output and the `post` and `comb` of the site around it, says that the
+        streams given are still to be closed with these; see `close_and_open`.
 
         Returns:
             the collapsed streams, pre [B, S, N], post [B, S, N], comb [B, S, N, N], and the
             streams to close the site with.
         """
-        return hyper_ops.open_site(
-            streams,
-            handed,
-            self.fn,
-            self.base,
-            self.scale,
-            iters=self.iters,
-            eps=self.eps,
-            rms_eps=self.rms_eps,
-            kernels=self.kernels,
-        )
+        parameters = (handed, self.fn, self.base, self.scale)
+        named: dict[str, Any] = {
+            "iters": self.iters,
+            "eps": self.eps,
+            "rms_eps": self.rms_eps,
+            "kernels": self.kernels,
+        }
+        if closing is None:
+            return hyper_ops.open_site(streams, *parameters, **named)
+        u, post, comb = closing
+        return hyper_ops.close_and_open(u, streams, post, comb, *parameters, **named)
+
+
+def close_and_open(
+    before: HyperConnection,
+    after: HyperConnection,
+    u: torch.Tensor,
+    streams: torch.Tensor,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    handed: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Close one site with its block's output and open the next, which closed streams enter.
+
+    One pass over the streams where Triton computes both. Where somebody looks at or replaces what
+    happens between (hooks on the module that opens, accelerate's around its forward, another class
+    in its place), that module is called with closed streams as any other.
+    """
+    joined = before.kernels == after.kernels and use_triton(after.kernels, streams)
+    if joined and _is_plain(after):
+        return after(streams, handed, (u, post, comb))
+    return after(hyper_ops.expand(u, streams, post, comb, before.kernels), handed)
+
+
+def _is_plain(site: nn.Module) -> bool:
+    """Whether nothing but `HyperConnection.forward` runs where the site is called."""
+    hooks = (
+        site._forward_pre_hooks,
+        site._forward_hooks,
+        site._backward_pre_hooks,
+        site._backward_hooks,
+    )
+    return type(site) is HyperConnection and not any(hooks) and "forward" not in site.__dict__
 
 
 class HyperHead(Float32Parameters):

@@ -260,3 +260,41 @@ def open_site(
         )
     pre, post, comb = coefficients(streams, fn, base, scale, iters=iters, eps=eps, rms_eps=rms_eps)
     return collapse(streams, pre if handed is None else handed), pre, post, comb, streams
+
+
+def close_and_open(
+    u: torch.Tensor,
+    streams: torch.Tensor,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    handed: torch.Tensor | None,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    iters: int,
+    eps: float,
+    rms_eps: float,
+    kernels: str = "torch",
+) -> tuple[torch.Tensor, ...]:
+    """Close a site and open the next, with nothing between: `open_site(expand(...))`.
+
+    All that the next site wants of its streams can be summed up while they are made. A handed
+    `pre` is known before them (single pass), so that the next block's input can be made too.
+
+    Args:
+        u, streams, post, comb: of `expand`.
+        handed: as fn, base and scale, of `open_site`.
+
+    Returns:
+        what `open_site` returns; the streams are the new ones.
+    """
+    constants: dict[str, Any] = {"iters": iters, "eps": eps, "rms_eps": rms_eps}
+    if use_triton(kernels, streams):
+        from .kernels import close_open
+
+        return close_open.close_and_open(
+            u, streams, post, comb, handed, fn, base, scale, **constants
+        )
+    streams = expand(u, streams, post, comb, kernels)
+    return open_site(streams, handed, fn, base, scale, **constants, kernels=kernels)

@@ -90,6 +90,21 @@ def expand_backward_kernel(
             tl.store(dcomb + (t * N + j) * N + k, tl.sum(combs[j * N + k], axis=0))
 
 
+def expand_backward(
+    given: tuple[torch.Tensor, ...], grad: torch.Tensor, warps: int
+) -> list[torch.Tensor]:
+    """Gradients of u, streams, post and comb, all contiguous as `grad` [n, N, D]."""
+    streams = given[1]
+    n, N, D = streams.shape
+    grads = [torch.empty_like(x) for x in given]
+    with on_device_of(streams):
+        expand_backward_kernel[(n,)](
+            *given, grad, *grads, D,
+            N=N, LANES=32 * warps, WIDE=16 // streams.element_size(), num_warps=warps,
+        )  # fmt: skip
+    return grads
+
+
 class Expand(torch.autograd.Function):
     """`hyper_ops.expand` on contiguous tensors; saves its inputs."""
 
@@ -117,15 +132,7 @@ class Expand(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        u, streams, post, comb = ctx.saved_tensors
-        n, N, D = streams.shape
-        grads = [torch.empty_like(x) for x in (u, streams, post, comb)]
-        with on_device_of(streams):
-            expand_backward_kernel[(n,)](
-                u, streams, post, comb, grad.contiguous(), *grads, D,
-                N=N, LANES=32 * ctx.warps, WIDE=16 // streams.element_size(), num_warps=ctx.warps,
-            )  # fmt: skip
-        return *grads, None
+        return *expand_backward(ctx.saved_tensors, grad.contiguous(), ctx.warps), None
 
 
 def expand(

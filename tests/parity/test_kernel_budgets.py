@@ -138,10 +138,12 @@ def _streams(dtype: torch.dtype) -> None:
     for tokens in (S, 256):
         x, pre = _new(tokens, N, D, dtype=dtype), _new(tokens, N, **wide)
         sizes = (_new(24, N * D, **wide), _new(24, **wide), _new(3, **wide))
+        named: dict[str, Any] = {"iters": 20, "eps": 1e-6, "rms_eps": 1e-6, "kernels": "auto"}
+        u, comb = _new(tokens, D, dtype=dtype), _new(tokens, N, N, **wide)
         for handed in (None, pre):
-            hyper_ops.open_site(x, handed, *sizes, iters=20, eps=1e-6, rms_eps=1e-6, kernels="auto")
-        comb = _new(tokens, N, N, **wide)
-        hyper_ops.expand(_new(tokens, D, dtype=dtype), x, pre, comb, "auto")
+            hyper_ops.open_site(x, handed, *sizes, **named)
+            hyper_ops.close_and_open(u, x, pre, comb, handed, *sizes, **named)
+        hyper_ops.expand(u, x, pre, comb, "auto")
     ops.rms_norm(_new(S, D, dtype=dtype), _new(D, dtype=dtype), 1e-6, "auto")
     ops.swiglu(_new(S, 2 * F, dtype=dtype), 1.0, _new(S, **wide), "auto")
     turn = _new(1, S, 1, 32, 2, **wide)

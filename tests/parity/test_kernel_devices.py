@@ -112,6 +112,8 @@ def _streams() -> None:
     rows = torch.zeros(24, 64), torch.zeros(24), torch.zeros(3)
     for handed in (None, torch.zeros(2, 4)):
         hyper_ops.open_site(x, handed, *rows, **site)
+        closed = x[:, 0], x, torch.zeros(2, 4), torch.zeros(2, 4, 4)
+        hyper_ops.close_and_open(*closed, handed, *rows, **site)
     hyper_ops.expand(x[:, 0], x, torch.zeros(2, 4), torch.zeros(2, 4, 4), "triton")
     ops.rms_norm(x, torch.ones(16), 1e-6, "triton")
     ops.swiglu(x, 1.0, None, "triton")

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Closing an mHC site and opening the next: the new streams are projected while they are there.
+
+Reference (`hyper_ops.close_and_open`): `expand_ref`, then `open_site`. For streams h [n, N, D], a
+block's output u [n, D], post and comb of the site that closes, fn of the site that opens:
+
+    h'_k = post_k u + sum_j comb_jk h_j               rounded to the streams' dtype, as stored
+    sum h'^2,  h' fn^T                                what the opening site's coefficients want
+    y = sum_k w_k h'_k                                where w was handed on: it is known by then
+
+A site that collapses with a pre of its own wants all of h' before it; `finish` reads h' once more.
+
+Forward, two launches:
+    join      grid (token blocks, SPLIT slices of the channels): reads h and u once, writes h', y,
+              and partial sums of the rounded h' as `project_kernel` does
+    finish    of `hyper.py`
+
+The product is transposed, [rows of fn, tokens]: h' is its second operand then, which Hopper reads
+from shared memory. As the first it would be made twice, once in registers of the product's layout
+and once in those of the store.
+
+Backward: the launches of `hyper.py`, then that of `expand.py`, with the gradient of h' between.
+Every inner product of expand's backward is a sum over channels, and every program of `spread` that
+makes the gradient holds a block of channels: joined, each program would add up 24 such sums a token
+for each of its tiles across threads, which costs more than the passes it saves.
+
+Masks and products are those of `hyper.py`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from . import expand, hyper
+from .hyper_backward import Opened, open_backward
+from .hyper_tiles import Tiles as OpeningTiles
+from .hyper_tiles import sizes_of
+from .hyper_tiles import tiles_for as opening_tiles_for
+from .launching import on_device_of
+
+
+class Tiles(NamedTuple):
+    """Tokens, channels, warps, stages of `join`, and its slices; tiles of the other files."""
+
+    join: tuple[int, int, int, int] = (64, 32, 4, 2)
+    split: int = 2
+    opening: OpeningTiles = OpeningTiles()
+    closing: expand.Tiles = expand.Tiles()
+
+
+@triton.jit
+def _mixed(
+    post, comb, added, held, t, live, k: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr
+):  # fmt: skip
+    """Stream k of the closed site, as it is stored."""
+    z = tl.load(post + t * N + k, mask=live, other=0.0)[:, None] * added
+    for j in tl.static_range(N):
+        z += tl.load(comb + (t * N + j) * N + k, mask=live, other=0.0)[:, None] * held[j]
+    return z.to(dtype)
+
+
+@triton.jit
+def join_kernel(
+    u, streams, post, comb, fn, handed, out, partial, y, n, D,
+    N: tl.constexpr, ROWS: tl.constexpr, RP: tl.constexpr, SPLIT: tl.constexpr,
+    HANDED: tl.constexpr, BF16: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """`fn` is the table of `split_kernel` where BF16."""
+    LINES: tl.constexpr = 2 * RP if BF16 else RP
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    live = t < n
+    line = tl.arange(0, LINES)
+    acc = tl.zeros([LINES, BT], dtype=tl.float32)
+    square = tl.zeros([BT, BD], dtype=tl.float32)
+    per = tl.cdiv(tl.cdiv(D, BD), SPLIT)
+    first = tl.program_id(1) * per
+    last = min(first + per, tl.cdiv(D, BD))
+    for block in range(first, last):
+        d = block * BD + tl.arange(0, BD)
+        inside = live[:, None] & (d < D)[None, :]
+        at = t[:, None] * D + d[None, :]
+        added = tl.load(u + at, mask=inside, other=0.0).to(tl.float32)
+        held = ()
+        for j in tl.static_range(N):
+            at_j = (t[:, None] * N + j) * D + d[None, :]
+            held = held + (tl.load(streams + at_j, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
+        mixed = tl.zeros([BT, BD], dtype=tl.float32)
+        for k in tl.static_range(N):
+            x = _mixed(post, comb, added, held, t, live, k, N, out.dtype.element_ty)
+            tl.store(out + (t[:, None] * N + k) * D + d[None, :], x, mask=inside)
+            wanted = (line < (LINES if BF16 else ROWS))[:, None] & (d < D)[None, :]
+            f = tl.load(fn + line[:, None] * (N * D) + k * D + d[None, :], mask=wanted, other=0.0)
+            wide = x.to(tl.float32)
+            if BF16:
+                acc = tl.dot(f, tl.trans(x), acc)
+            else:
+                acc = tl.dot(f, tl.trans(wide), acc, input_precision="ieee")
+            square += wide * wide
+            if HANDED:
+                mixed += tl.load(handed + t * N + k, mask=live, other=0.0)[:, None] * wide
+        if HANDED:
+            tl.store(y + at, mixed.to(y.dtype.element_ty), mask=inside)
+    if BF16:
+        acc = tl.sum(tl.reshape(acc, [2, RP, BT]), axis=0)
+    row = tl.arange(0, RP)
+    found = tl.where((row == ROWS)[:, None], tl.sum(square, axis=1)[None, :], acc)
+    to = partial + (tl.program_id(1) * n + t)[None, :] * RP + row[:, None]
+    tl.store(to, found, mask=(row <= ROWS)[:, None] & live[None, :])
+
+
+def tiles_for(n: int) -> Tiles:
+    """As for opening alone: few tokens are cut finer along the channels."""
+    opening = opening_tiles_for(n)
+    return Tiles(split=opening.split, opening=opening)
+
+
+class CloseOpen(torch.autograd.Function):
+    """`hyper_ops.close_and_open` on contiguous tensors; saves its inputs, h', m and r."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: torch.Tensor,
+        streams: torch.Tensor,
+        post: torch.Tensor,
+        comb: torch.Tensor,
+        handed: torch.Tensor | None,
+        fn: torch.Tensor,
+        base: torch.Tensor,
+        scale: torch.Tensor,
+        constants: tuple[int, float, float],
+        tiles: Tiles,
+    ) -> tuple[torch.Tensor, ...]:
+        n, N, D, rows, padded, bf16 = sizes_of(streams)
+        out, y = torch.empty_like(streams), streams.new_empty(n, D)
+        partial = fn.new_empty(tiles.split, n, padded)
+        bt, bd, warps, stages = tiles.join
+        with on_device_of(streams):
+            join_kernel[(triton.cdiv(n, bt), tiles.split)](
+                u, streams, post, comb, hyper.table_of(streams, fn),
+                fn if handed is None else handed, out, partial, y, n, D,
+                N=N, ROWS=rows, RP=padded, SPLIT=tiles.split, HANDED=handed is not None, BF16=bf16,
+                BT=bt, BD=bd, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+            pre, new_post, new_comb, *kept = hyper.finish(
+                partial, out, handed, (base, scale), y, constants, tiles.opening.finish
+            )
+        w = pre if handed is None else handed
+        ctx.save_for_backward(u, streams, post, comb, out, w, fn, base, scale, *kept)
+        ctx.rest = (handed is None, constants, tiles.opening)
+        ctx.warps = tiles.closing.backward
+        return y, pre, new_post, new_comb, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Once: activation checkpointing makes them anew each time they are asked for.
+        saved = ctx.saved_tensors
+        closed, opened = saved[:4], Opened(saved[4:], *ctx.rest)
+        dout, *more = open_backward(opened, ctx.needs_input_grad[4:8], grads)
+        assert dout is not None
+        return *expand.expand_backward(closed, dout, ctx.warps), *more, None, None
+
+
+def close_and_open(
+    u: torch.Tensor,
+    streams: torch.Tensor,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    handed: torch.Tensor | None,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    iters: int,
+    eps: float,
+    rms_eps: float,
+    tiles: Tiles | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Twin of `hyper_ops.close_and_open` for any leading axes; see there."""
+    batch, (N, D) = streams.shape[:-2], streams.shape[-2:]
+    y, pre, post, comb, out = CloseOpen.apply(
+        u.reshape(-1, D).contiguous(), streams.reshape(-1, N, D).contiguous(),
+        post.reshape(-1, N).contiguous(), comb.reshape(-1, N, N).contiguous(),
+        None if handed is None else handed.reshape(-1, N).contiguous(),
+        fn.contiguous(), base.contiguous(), scale.contiguous(),
+        (iters, eps, rms_eps), tiles or tiles_for(batch.numel()),
+    )  # fmt: skip
+    return (
+        y.view(*batch, D), pre.view(*batch, N), post.view(*batch, N), comb.view(*batch, N, N),
+        out.view(streams.shape),
+    )  # fmt: skip

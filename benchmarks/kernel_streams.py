@@ -84,8 +84,8 @@ def site_inputs(s: Shape, n: int) -> list[torch.Tensor]:
     ]  # fmt: skip
 
 
-def mhc_cases(s: Shape, n: int, tiles: Any) -> Iterator[Case]:
-    """Opening in both fashions, and closing."""
+def mhc_cases(s: Shape, n: int, tiles: Any, joined: Any) -> Iterator[Case]:
+    """Opening in both fashions, closing, and both at once."""
     streams, handed, *parameters = site_inputs(s, n)
     one, rows = n * s.D * 2, s.N * s.N + 2 * s.N
     flops = 2.0 * n * s.N * s.D * rows
@@ -105,6 +105,28 @@ def mhc_cases(s: Shape, n: int, tiles: Any) -> Iterator[Case]:
         [u, streams, post, comb],
         forward=2 * size(streams) + one, backward=3 * size(streams) + 2 * one,
     )  # fmt: skip
+    closed = [u, streams, post, comb]
+    for name, given in (("own pre", None), ("handed pre", handed)):
+        yield Case(
+            f"mHC close + open, {name}", label,
+            partial(_close_and_open, closed, given, parameters, joined),
+            [*closed, *parameters] + ([] if given is None else [handed]),
+            forward=2 * size(streams) + 2 * one, backward=3 * size(streams) + 3 * one, flops=flops,
+        )  # fmt: skip
+
+
+def _close_and_open(
+    closed: Tensors,
+    handed: torch.Tensor | None,
+    parameters: Tensors,
+    tiles: Any,
+    kernels: str,
+) -> Tensors:
+    if kernels == "triton":
+        from modeling_dsv4.kernels import close_open
+
+        return close_open.close_and_open(*closed, handed, *parameters, **SITE, tiles=tiles)
+    return hyper_ops.close_and_open(*closed, handed, *parameters, **SITE)
 
 
 def _open(
@@ -200,11 +222,15 @@ def _product_us(n: int, a: int, b: int) -> float:
 
 
 def overhead(rows: Sequence[Row], s: Shape, n: int, opening: str) -> dict[str, Any]:
-    """Two sites of mHC against the layer's products, and against their own floor."""
-    mine = [r for r in rows if r.op.startswith((f"mHC {opening}", "mHC expand"))]
-    us, floor = (2 * sum(getattr(r, name) for r in mine) for name in ("us", "floor_us"))
+    """Two sites of mHC against the layer's products, and against their own floor.
+
+    The second opens as the first closes.
+    """
+    names = (f"mHC open, {opening}", "mHC expand", f"mHC close + open, {opening}")
+    mine = [r for r in rows if r.op.startswith(names)]
+    us, floor = (sum(getattr(r, name) for r in mine) for name in ("us", "floor_us"))
     products = layer_products_us(s, n)
-    theirs = 2 * sum(r.torch_us or 0.0 for r in mine)
+    theirs = sum(r.torch_us or 0.0 for r in mine)
     line = f"mHC of a {s.name} layer, {n} tokens, forward and backward: {us / 1e3:.2f} ms of "
     line += f"{products / 1e3:.2f} ms of matrix products = {us / products:.1%} "
     line += f"(its floor: {floor / products:.1%}; torch: {theirs / products:.1%}; "
@@ -221,7 +247,7 @@ def tune(s: Shape, n: int) -> Any:
     tried = {
         "project": [(64, 64, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3)],
         "project_handed": [(64, 64, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3)],
-        "split": [2, 8],
+        "split": [2, 4, 8],
         "finish": [(4, 512, 4), (2, 1024, 4)],
         "dots": [2, 8],
         "spread": [(64, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 3),
@@ -230,16 +256,47 @@ def tune(s: Shape, n: int) -> Any:
     }  # fmt: skip
     for field, values in tried.items():
         given = handed if field == "project_handed" else None
-        times = {}
-        for value in (getattr(best, field), *values):
-            tiles = best._replace(**{field: value})
-            run = partial(hyper.open_site, streams, given, *parameters, **SITE, tiles=tiles)
-            backward = field in ("dots", "spread", "spread_split")
-            times[value] = _direction_us(run, [streams, *parameters], backward)
-        best = best._replace(**{field: min(times, key=lambda value: times[value])})
-        print(f"tiles, {field}: " + ", ".join(f"{v}: {us:.0f} us" for v, us in times.items()))
+        run = partial(hyper.open_site, streams, given, *parameters, **SITE)
+        backward = field in ("dots", "spread", "spread_split")
+        best = _fastest(run, [streams, *parameters], best, field, values, backward)
     print(f"tiles taken: {best}")
     return best
+
+
+def tune_joined(s: Shape, n: int, opening: Any) -> Any:
+    """The same for closing and opening at once, with the tiles of opening alone."""
+    from modeling_dsv4.kernels import close_open
+
+    streams, handed, *parameters = site_inputs(s, n)
+    closed = [leaf(n, s.D), streams, leaf(n, s.N, dtype=torch.float32)]
+    closed.append(leaf(n, s.N, s.N, dtype=torch.float32))
+    best = close_open.tiles_for(n)._replace(opening=opening)
+    run = partial(close_open.close_and_open, *closed, handed, *parameters, **SITE)
+    tried: dict[str, list[Any]] = {
+        "join": [(64, 32, 4, 3), (64, 32, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2), (64, 16, 4, 3)],
+        "split": [1, 4, 8],
+    }
+    for field, values in tried.items():
+        best = _fastest(run, closed, best, field, values, backward=False)
+    print(f"tiles taken: {best}")
+    return best
+
+
+def _fastest(
+    run: Callable[..., Tensors],
+    inputs: list[torch.Tensor],
+    best: Any,
+    field: str,
+    values: list[Any],
+    backward: bool,
+) -> Any:
+    """The tiles with the fastest value of one field: the one they have, or one of `values`."""
+    times = {
+        value: _direction_us(partial(run, tiles=best._replace(**{field: value})), inputs, backward)
+        for value in (getattr(best, field), *values)
+    }
+    print(f"tiles, {field}: " + ", ".join(f"{v}: {us:.0f} us" for v, us in times.items()))
+    return best._replace(**{field: min(times, key=lambda value: times[value])})
 
 
 def _direction_us(run: Callable[[], Tensors], inputs: list[torch.Tensor], backward: bool) -> float:
@@ -272,16 +329,17 @@ def main(
     print(f"{limits.device}, torch {torch.__version__}: copy {limits.copy / 1e12:.2f} TB/s, "
           f"bf16 product {limits.matmul / 1e12:.0f} TFLOP/s")  # fmt: skip
     tiles = tune(V4, n) if tuned else None
+    joined = tune_joined(V4, n, tiles) if tuned else None
     rows: list[Row] = []
-    for case in mhc_cases(V4, n, tiles):
+    for case in mhc_cases(V4, n, tiles, joined):
         rows += measure(case, limits, against_torch=True)
-    costs = [overhead(rows, V4, n, "open, own"), overhead(rows, V4, n, "open, handed")]
+    costs = [overhead(rows, V4, n, "own"), overhead(rows, V4, n, "handed")]
     if not quick:
-        for cases in (other_cases(V4, n), mhc_cases(V41, n, tiles), engram_cases(V41, n)):
+        for cases in (other_cases(V4, n), mhc_cases(V41, n, tiles, joined), engram_cases(V41, n)):
             for case in cases:
                 rows += measure(case, limits, against_torch=True)
     table(rows, "stream operations")
-    write(output, limits, rows, mhc_overhead=costs, tiles=tiles)
+    write(output, limits, rows, mhc_overhead=costs, tiles=tiles, joined_tiles=joined)
 
 
 if __name__ == "__main__":

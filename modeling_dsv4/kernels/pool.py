@@ -107,6 +107,17 @@ def pool_backward_kernel(
             tl.store(dslots + unread + WIDTH, p * 0, mask=exists)
 
 
+def _tile(count: int, c: int) -> dict[str, int]:
+    """Slots, channels and warps of a program.
+
+    All of few slots lie in the thread that has their channels, so that no sum crosses threads. Many
+    are shared out among four warps: long windows make few entries, which would not fill a GPU.
+    """
+    bs, warps = (16, 4) if count > 16 else (triton.next_power_of_2(count), 1)
+    bc = 64 if warps > 1 else max(128, 1024 // bs)
+    return {"BS": bs, "BC": min(bc, triton.next_power_of_2(c)), "num_warps": warps}
+
+
 class Pool(torch.autograd.Function):
     """`ops.pool_windows` on slots [M, SLOTS, 2, width] float32; saves its inputs."""
 
@@ -121,9 +132,8 @@ class Pool(torch.autograd.Function):
             "SLOTS": count,
             "OVERLAP": overlap is not None,
             "BIASED": bias is not None,
-            "BS": min(16, triton.next_power_of_2(count)),
-            "BC": min(64, triton.next_power_of_2(c)),
         }
+        ctx.sizes |= _tile(count, c)
         ctx.grid = (m, triton.cdiv(c, ctx.sizes["BC"]))
         out = slots.new_empty(m, c)
         with on_device_of(slots):

@@ -152,7 +152,7 @@ CASES: dict[str, tuple[Callable[[], None], int]] = {
     "attention": (_attend, 1),
     "indexer": (lambda: _index(False), 5),
     "indexer inside candidates": (lambda: _index(True), 3),
-    "streams": (_streams, 10),
+    "streams": (_streams, 14),
     "low ranks, the loss, Engram's addresses": (_beside, 5),
 }
 

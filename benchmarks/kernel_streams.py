@@ -246,8 +246,9 @@ def tune(s: Shape, n: int) -> Any:
     best = hyper.tiles_for(n)
     tried = {
         "project": [(64, 64, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3)],
-        "project_handed": [(64, 64, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3)],
+        "project_handed": [(64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2)],
         "split": [2, 4, 8],
+        "split_handed": [2, 4, 8],
         "finish": [(4, 512, 4), (2, 1024, 4)],
         "dots": [2, 8],
         "spread": [(64, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 3),
@@ -255,7 +256,7 @@ def tune(s: Shape, n: int) -> Any:
         "spread_split": [2, 8],
     }  # fmt: skip
     for field, values in tried.items():
-        given = handed if field == "project_handed" else None
+        given = handed if field.endswith("handed") else None
         run = partial(hyper.open_site, streams, given, *parameters, **SITE)
         backward = field in ("dots", "spread", "spread_split")
         best = _fastest(run, [streams, *parameters], best, field, values, backward)

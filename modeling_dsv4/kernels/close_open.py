@@ -15,9 +15,8 @@ Forward, two launches:
               and partial sums of the rounded h' as `project_kernel` does
     finish    of `hyper.py`
 
-The product is transposed, [rows of fn, tokens]: h' is its second operand then, which Hopper reads
-from shared memory. As the first it would be made twice, once in registers of the product's layout
-and once in those of the store.
+The product is transposed as in `project_handed_kernel`: as its first operand h' would be made
+twice, once in registers of the product's layout and once in those of the store.
 
 Backward: the launches of `hyper.py`, then that of `expand.py`, with the gradient of h' between.
 Every inner product of expand's backward is a sum over channels, and every program of `spread` that
@@ -91,24 +90,14 @@ def join_kernel(
         for k in tl.static_range(N):
             x = _mixed(post, comb, added, held, t, live, k, N, out.dtype.element_ty)
             tl.store(out + (t[:, None] * N + k) * D + d[None, :], x, mask=inside)
-            wanted = (line < (LINES if BF16 else ROWS))[:, None] & (d < D)[None, :]
-            f = tl.load(fn + line[:, None] * (N * D) + k * D + d[None, :], mask=wanted, other=0.0)
+            acc = hyper.add_products(acc, x, fn, line, k, d, D, N, ROWS, RP, BF16)
             wide = x.to(tl.float32)
-            if BF16:
-                acc = tl.dot(f, tl.trans(x), acc)
-            else:
-                acc = tl.dot(f, tl.trans(wide), acc, input_precision="ieee")
             square += wide * wide
             if HANDED:
                 mixed += tl.load(handed + t * N + k, mask=live, other=0.0)[:, None] * wide
         if HANDED:
             tl.store(y + at, mixed.to(y.dtype.element_ty), mask=inside)
-    if BF16:
-        acc = tl.sum(tl.reshape(acc, [2, RP, BT]), axis=0)
-    row = tl.arange(0, RP)
-    found = tl.where((row == ROWS)[:, None], tl.sum(square, axis=1)[None, :], acc)
-    to = partial + (tl.program_id(1) * n + t)[None, :] * RP + row[:, None]
-    tl.store(to, found, mask=(row <= ROWS)[:, None] & live[None, :])
+    hyper.store_sums(partial, acc, square, t, n, ROWS, RP, BF16, BT)
 
 
 def tiles_for(n: int) -> Tiles:
@@ -160,9 +149,9 @@ class CloseOpen(torch.autograd.Function):
         # Once: activation checkpointing makes them anew each time they are asked for.
         saved = ctx.saved_tensors
         closed, opened = saved[:4], Opened(saved[4:], *ctx.rest)
-        dout, *more = open_backward(opened, ctx.needs_input_grad[4:8], grads)
-        assert dout is not None
-        return *expand.expand_backward(closed, dout, ctx.warps), *more, None, None
+        dnew, *more = open_backward(opened, ctx.needs_input_grad[4:8], grads)
+        assert dnew is not None
+        return *expand.expand_backward(closed, dnew, ctx.warps), *more, None, None
 
 
 def close_and_open(

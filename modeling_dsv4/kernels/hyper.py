@@ -11,6 +11,9 @@ Reference (`hyper_ops.open_site`), x = streams [n, N * D], R = N^2 + 2N rows of 
 Forward, two launches:
     project   grid (token blocks, SPLIT slices of the channels); partial sums [SPLIT, n, RP], whose
               column R is the sum of squares. Single-pass sites collapse here: one read of streams.
+              Theirs is a kernel of its own, whose product is transposed, [rows of fn, tokens]:
+              Hopper reads a second operand from shared memory, and the streams, which are wanted in
+              float32 too, then need no place in registers as a first one.
     finish    grid (token blocks[, channel blocks]); adds the slices, makes the coefficients; where
               w = pre it collapses too, and reads the streams a second time: pre wants the whole
               row first, and N * D channels of the 16 tokens that a matrix product takes at least
@@ -49,12 +52,12 @@ def _sum_slices(partial, t, n, column, RP: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def split_kernel(fn, table, size, ROWS: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr):
-    """Write fn [ROWS, size] as its bfloat16 parts: [2 RP, size], 0 where fn has no row."""
+def split_kernel(fn, table, size, RP: tl.constexpr, BD: tl.constexpr):
+    """Write fn [ROWS, size] as its bfloat16 parts: the high from row 0, the low from row RP on."""
     row = tl.program_id(1)
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     inside = d < size
-    f = tl.load(fn + row * size + d, mask=inside & (d < tl.where(row < ROWS, size, 0)), other=0.0)
+    f = tl.load(fn + row * size + d, mask=inside, other=0.0)
     high = f.to(tl.bfloat16)
     low = (f - high.to(tl.float32)).to(tl.bfloat16)
     tl.store(table + row * size + d, high, mask=inside)
@@ -63,50 +66,92 @@ def split_kernel(fn, table, size, ROWS: tl.constexpr, RP: tl.constexpr, BD: tl.c
 
 @triton.jit
 def project_kernel(
-    streams, fn, handed, partial, y, n, D,
-    N: tl.constexpr, ROWS: tl.constexpr, RP: tl.constexpr, SPLIT: tl.constexpr,
-    HANDED: tl.constexpr, BF16: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    streams, fn, partial, n, size,
+    ROWS: tl.constexpr, RP: tl.constexpr, SPLIT: tl.constexpr, BF16: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Without HANDED the streams are one of N * D channels: called with N = 1.
-
-    `fn` is the table of `split_kernel` where BF16. The streams of a channel block come one after
-    the other in one loop, so that their loads run ahead.
-    """
+    """The streams are one of `size` = N * D channels; `fn` is `split_kernel`'s table where BF16."""
     LINES: tl.constexpr = 2 * RP if BF16 else RP
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     live = t < n
     line = tl.arange(0, LINES)
     acc = tl.zeros([BT, LINES], dtype=tl.float32)
     square = tl.zeros([BT, BD], dtype=tl.float32)
-    mixed = tl.zeros([BT, BD], dtype=tl.float32)
-    per = tl.cdiv(tl.cdiv(D, BD), SPLIT)
+    per = tl.cdiv(tl.cdiv(size, BD), SPLIT)
     first = tl.program_id(1) * per
-    last = min(first + per, tl.cdiv(D, BD))
-    for step in range(first * N, last * N):
-        j = step % N
-        d = (step // N) * BD + tl.arange(0, BD)
-        inside = live[:, None] & (d < D)[None, :]
-        x = tl.load(streams + (t[:, None] * N + j) * D + d[None, :], mask=inside, other=0.0)
-        wanted = (d < D)[:, None] & (line < (LINES if BF16 else ROWS))[None, :]
-        f = tl.load(fn + line[None, :] * (N * D) + j * D + d[:, None], mask=wanted, other=0.0)
+    for block in range(first, min(first + per, tl.cdiv(size, BD))):
+        d = block * BD + tl.arange(0, BD)
+        inside = live[:, None] & (d < size)[None, :]
+        x = tl.load(streams + t[:, None] * size + d[None, :], mask=inside, other=0.0)
+        wanted = (d < size)[:, None] & (line % RP < ROWS)[None, :]
+        f = tl.load(fn + line[None, :] * size + d[:, None], mask=wanted, other=0.0)
         wide = x.to(tl.float32)
         if BF16:
             acc = tl.dot(x, f, acc)
         else:
             acc = tl.dot(wide, f, acc, input_precision="ieee")
         square += wide * wide
-        if HANDED:
-            w = tl.load(handed + t * N + j, mask=live, other=0.0)
-            mixed = tl.where(j == 0, 0.0, mixed) + w[:, None] * wide
-            done = d < tl.where(j == N - 1, D, 0)
-            to = y + t[:, None] * D + d[None, :]
-            tl.store(to, mixed.to(y.dtype.element_ty), mask=live[:, None] & done[None, :])
+    store_sums(partial, tl.trans(acc), square, t, n, ROWS, RP, BF16, BT)
+
+
+@triton.jit
+def project_handed_kernel(
+    streams, fn, handed, partial, y, n, D,
+    N: tl.constexpr, ROWS: tl.constexpr, RP: tl.constexpr, SPLIT: tl.constexpr,
+    BF16: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The same, and y: a channel block of all streams at once."""
+    LINES: tl.constexpr = 2 * RP if BF16 else RP
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    live = t < n
+    line = tl.arange(0, LINES)
+    acc = tl.zeros([LINES, BT], dtype=tl.float32)
+    square = tl.zeros([BT, BD], dtype=tl.float32)
+    w = ()
+    for j in tl.static_range(N):
+        w = w + (tl.load(handed + t * N + j, mask=live, other=0.0)[:, None],)  # noqa: RUF005
+    per = tl.cdiv(tl.cdiv(D, BD), SPLIT)
+    first = tl.program_id(1) * per
+    for block in range(first, min(first + per, tl.cdiv(D, BD))):
+        d = block * BD + tl.arange(0, BD)
+        inside = live[:, None] & (d < D)[None, :]
+        mixed = tl.zeros([BT, BD], dtype=tl.float32)
+        for j in tl.static_range(N):
+            x = tl.load(streams + (t[:, None] * N + j) * D + d[None, :], mask=inside, other=0.0)
+            acc = add_products(acc, x, fn, line, j, d, D, N, ROWS, RP, BF16)
+            wide = x.to(tl.float32)
+            square += wide * wide
+            mixed += w[j] * wide
+        tl.store(y + t[:, None] * D + d[None, :], mixed.to(y.dtype.element_ty), mask=inside)
+    store_sums(partial, acc, square, t, n, ROWS, RP, BF16, BT)
+
+
+@triton.jit
+def add_products(
+    acc, x, fn, line, j, d, D,
+    N: tl.constexpr, ROWS: tl.constexpr, RP: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """Add the products of channels d of stream j, x [BT, BD], to acc [LINES, BT]."""
+    wanted = (line % RP < ROWS)[:, None] & (d < D)[None, :]
+    f = tl.load(fn + line[:, None] * (N * D) + j * D + d[None, :], mask=wanted, other=0.0)
     if BF16:
-        acc = tl.sum(tl.reshape(acc, [BT, 2, RP]), axis=1)
+        return tl.dot(f, tl.trans(x), acc)
+    else:
+        return tl.dot(f, tl.trans(x.to(tl.float32)), acc, input_precision="ieee")
+
+
+@triton.jit
+def store_sums(
+    partial, acc, square, t, n,
+    ROWS: tl.constexpr, RP: tl.constexpr, BF16: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Store a slice's products [LINES, BT] and sums of squares: partial [SPLIT, n, RP]."""
+    if BF16:
+        acc = tl.sum(tl.reshape(acc, [2, RP, BT]), axis=0)
     row = tl.arange(0, RP)
-    found = tl.where((row == ROWS)[None, :], tl.sum(square, axis=1)[:, None], acc)
-    to = partial + (tl.program_id(1) * n + t)[:, None] * RP + row[None, :]
-    tl.store(to, found, mask=live[:, None] & (row <= ROWS)[None, :])
+    found = tl.where((row == ROWS)[:, None], tl.sum(square, axis=1)[None, :], acc)
+    to = partial + (tl.program_id(1) * n + t)[None, :] * RP + row[:, None]
+    tl.store(to, found, mask=(row <= ROWS)[:, None] & (t < n)[None, :])
 
 
 @triton.jit
@@ -174,9 +219,7 @@ def table_of(streams: torch.Tensor, fn: torch.Tensor) -> torch.Tensor:
     if not bf16:
         return fn
     table = streams.new_empty(2 * padded, N * D)
-    split_kernel[(triton.cdiv(N * D, 1024), padded)](
-        fn, table, N * D, ROWS=rows, RP=padded, BD=1024
-    )
+    split_kernel[(triton.cdiv(N * D, 1024), rows)](fn, table, N * D, RP=padded, BD=1024)
     return table
 
 
@@ -184,14 +227,18 @@ def _project(
     streams: torch.Tensor, handed: torch.Tensor | None, fn: torch.Tensor, y: torch.Tensor, t: Tiles
 ) -> torch.Tensor:
     n, N, D, rows, padded, bf16 = sizes_of(streams)
-    partial = fn.new_empty(t.split, n, padded)
+    split = t.split if handed is None else t.split_handed
+    partial, table = fn.new_empty(split, n, padded), table_of(streams, fn)
     bt, bd, warps, stages = t.project if handed is None else t.project_handed
-    N, D = (1, N * D) if handed is None else (N, D)
-    project_kernel[(triton.cdiv(n, bt), t.split)](
-        streams, table_of(streams, fn), fn if handed is None else handed, partial, y, n, D,
-        N=N, ROWS=rows, RP=padded, SPLIT=t.split, HANDED=handed is not None, BF16=bf16,
-        BT=bt, BD=bd, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    grid = (triton.cdiv(n, bt), split)
+    sizes = {"ROWS": rows, "RP": padded, "SPLIT": split, "BF16": bf16, "BT": bt, "BD": bd}
+    options = {"num_warps": warps, "num_stages": stages}
+    if handed is None:
+        project_kernel[grid](streams, table, partial, n, N * D, **sizes, **options)
+    else:
+        project_handed_kernel[grid](
+            streams, table, handed, partial, y, n, D, N=N, **sizes, **options
+        )
     return partial
 
 

@@ -11,8 +11,9 @@ class Tiles(NamedTuple):
     """Sizes of the programs: tokens, channels, warps, stages of each launch; slices."""
 
     project: tuple[int, int, int, int] = (64, 64, 4, 3)
-    project_handed: tuple[int, int, int, int] = (64, 64, 4, 3)
+    project_handed: tuple[int, int, int, int] = (64, 32, 4, 2)
     split: int = 2
+    split_handed: int = 4
     finish: tuple[int, int, int] = (4, 1024, 4)
     dots: int = 8
     slopes: int = 32
@@ -22,7 +23,7 @@ class Tiles(NamedTuple):
 
 def tiles_for(n: int) -> Tiles:
     """Few tokens make few blocks: then the channels are cut finer, to employ the whole GPU."""
-    return Tiles() if n > 1024 else Tiles(split=16)
+    return Tiles() if n > 1024 else Tiles(split=16, split_handed=16)
 
 
 def sizes_of(streams: torch.Tensor) -> tuple[int, int, int, int, int, bool]:

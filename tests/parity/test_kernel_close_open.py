@@ -25,7 +25,8 @@ TOLERANCE = {
     ("cuda", torch.float32): 1e-4, ("cuda", torch.bfloat16): 2**-7,
 }  # fmt: skip
 OPENING = hyper.Tiles(
-    project=(16, 16, 4, 2), project_handed=(16, 16, 4, 2), split=2, finish=(4, 16, 4),
+    project=(16, 16, 4, 2), project_handed=(16, 16, 4, 2), split=2, split_handed=2,
+    finish=(4, 16, 4),
     dots=1, slopes=8, spread=(16, 16, 4, 2), spread_split=2,
 )  # fmt: skip
 CLOSING = closing.Tiles(forward=(128, 4), backward=1)

@@ -26,7 +26,8 @@ DEVICES = [
 ]
 # Two blocks of tokens and of channels at sizes that the interpreter walks in a second.
 SMALL = hyper.Tiles(
-    project=(16, 16, 4, 2), project_handed=(16, 16, 4, 2), split=2, finish=(4, 16, 4),
+    project=(16, 16, 4, 2), project_handed=(16, 16, 4, 2), split=2, split_handed=2,
+    finish=(4, 16, 4),
     dots=1, slopes=8, spread=(16, 16, 4, 2), spread_split=2,
 )  # fmt: skip
 

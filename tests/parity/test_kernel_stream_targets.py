@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from modeling_dsv4.kernels import close_open, expand, hyper, hyper_backward, pool, rotary
 
 HALF = {"streams", "passed", "dy", "y", "u", "grad", "du", "dstreams", "x", "out"}
-SCALARS = {"n": "i32", "D": "i32", "rows": "i32", "per": "i32", "eps": "fp32", "sign": "fp32"}
+SCALARS = dict.fromkeys(("n", "D", "size", "rows", "per"), "i32") | {"eps": "fp32", "sign": "fp32"}
 tiles = hyper.Tiles()
 size = {"ROWS": 24, "RP": 32, "SPLIT": 4, "BF16": True}
 
@@ -48,7 +48,7 @@ found = {}
 for target in map(int, sys.argv[1:]):
     bt, bd, *launch = tiles.project_handed
     found[f"project_handed {target}"] = shared(
-        hyper.project_kernel, target, *launch, half=["fn"], N=4, HANDED=True, BT=bt, BD=bd, **size)
+        hyper.project_handed_kernel, target, *launch, half=["fn"], N=4, BT=bt, BD=bd, **size)
 bt, bd, *launch = close_open.Tiles().join
 for target in (80, 90, 100):
     found[f"join {target}"] = shared(
@@ -61,7 +61,7 @@ for target in (80, 90, 120):
         N=4, FN=True, DW=True, BT=bt, BD=bd, **size)
 bt, bd, *launch = tiles.project
 found["project 90"] = shared(
-    hyper.project_kernel, 90, *launch, half=["fn"], N=1, HANDED=False, BT=bt, BD=bd, **size)
+    hyper.project_kernel, 90, *launch, half=["fn"], BT=bt, BD=bd, **size)
 found["slopes 80"] = shared(
     hyper_backward.slopes_kernel, 80, half=["q"],
     N=4, NP=4, RP=32, ITERS=4, OWN=True, BF16=True, BT=32)

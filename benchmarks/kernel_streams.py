@@ -90,57 +90,30 @@ def mhc_cases(s: Shape, n: int, tiles: Any, joined: Any) -> Iterator[Case]:
     one, rows = n * s.D * 2, s.N * s.N + 2 * s.N
     flops = 2.0 * n * s.N * s.D * rows
     label = f"{n} x {s.N} x {s.D}"
-    for name, given in (("open, own pre", None), ("open, handed pre", handed)):
-        yield Case(
-            f"mHC {name}", label,
-            partial(_open, streams, given, parameters, tiles),
-            [streams, *parameters] + ([] if given is None else [handed]),
-            forward=size(streams) + one, backward=3 * size(streams) + one, flops=flops,
-        )  # fmt: skip
-    u, post, comb = leaf(n, s.D), leaf(n, s.N, dtype=torch.float32), leaf(n, s.N, s.N)
-    comb = comb.detach().float().requires_grad_()
-    yield Case(
-        "mHC expand", label,
-        lambda kernels: [hyper_ops.expand(u, streams, post, comb, kernels)],
-        [u, streams, post, comb],
-        forward=2 * size(streams) + one, backward=3 * size(streams) + 2 * one,
-    )  # fmt: skip
-    closed = [u, streams, post, comb]
+    u, post = leaf(n, s.D), leaf(n, s.N, dtype=torch.float32)
+    closed = [u, streams, post, leaf(n, s.N, s.N, dtype=torch.float32)]
     for name, given in (("own pre", None), ("handed pre", handed)):
-        yield Case(
-            f"mHC close + open, {name}", label,
-            partial(_close_and_open, closed, given, parameters, joined),
-            [*closed, *parameters] + ([] if given is None else [handed]),
-            forward=2 * size(streams) + 2 * one, backward=3 * size(streams) + 3 * one, flops=flops,
-        )  # fmt: skip
+        more = [*parameters, *([] if given is None else [given])]
+        yield Case(f"mHC open, {name}", label,
+                   partial(_site, "open_site", [streams, given, *parameters], tiles),
+                   [streams, *more], size(streams) + one, 3 * size(streams) + one,
+                   flops)  # fmt: skip
+        yield Case(f"mHC close + open, {name}", label,
+                   partial(_site, "close_and_open", [*closed, given, *parameters], joined),
+                   [*closed, *more],
+                   2 * size(streams) + 2 * one, 3 * size(streams) + 3 * one, flops)  # fmt: skip
+    yield Case("mHC expand", label, lambda kernels: [hyper_ops.expand(*closed, kernels)], closed,
+               2 * size(streams) + one, 3 * size(streams) + 2 * one)  # fmt: skip
 
 
-def _close_and_open(
-    closed: Tensors,
-    handed: torch.Tensor | None,
-    parameters: Tensors,
-    tiles: Any,
-    kernels: str,
-) -> Tensors:
-    if kernels == "triton":
-        from modeling_dsv4.kernels import close_open
+def _site(op: str, inputs: Sequence[torch.Tensor | None], tiles: Any, kernels: str) -> Tensors:
+    """A function of `hyper_ops`, or its twin with these tiles."""
+    if kernels == "torch":
+        return getattr(hyper_ops, op)(*inputs, **SITE)
+    from modeling_dsv4.kernels import close_open, hyper
 
-        return close_open.close_and_open(*closed, handed, *parameters, **SITE, tiles=tiles)
-    return hyper_ops.close_and_open(*closed, handed, *parameters, **SITE)
-
-
-def _open(
-    streams: torch.Tensor,
-    handed: torch.Tensor | None,
-    parameters: Tensors,
-    tiles: Any,
-    kernels: str,
-) -> Tensors:
-    if kernels == "triton":
-        from modeling_dsv4.kernels import hyper
-
-        return hyper.open_site(streams, handed, *parameters, **SITE, tiles=tiles)
-    return hyper_ops.open_site(streams, handed, *parameters, **SITE)
+    twins = {"open_site": hyper.open_site, "close_and_open": close_open.close_and_open}
+    return twins[op](*inputs, **SITE, tiles=tiles)
 
 
 def other_cases(s: Shape, n: int) -> Iterator[Case]:

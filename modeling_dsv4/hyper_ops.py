@@ -267,15 +267,9 @@ def close_and_open(
     streams: torch.Tensor,
     post: torch.Tensor,
     comb: torch.Tensor,
-    handed: torch.Tensor | None,
-    fn: torch.Tensor,
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    *,
-    iters: int,
-    eps: float,
-    rms_eps: float,
+    *opening: Any,
     kernels: str = "torch",
+    **constants: Any,
 ) -> tuple[torch.Tensor, ...]:
     """Close a site and open the next, with nothing between: `open_site(expand(...))`.
 
@@ -284,17 +278,15 @@ def close_and_open(
 
     Args:
         u, streams, post, comb: of `expand`.
-        handed: as fn, base and scale, of `open_site`.
+        opening: handed, fn, base and scale of `open_site`.
+        constants: iters, eps and rms_eps of `open_site`.
 
     Returns:
         what `open_site` returns; the streams are the new ones.
     """
-    constants: dict[str, Any] = {"iters": iters, "eps": eps, "rms_eps": rms_eps}
     if use_triton(kernels, streams):
         from .kernels import close_open
 
-        return close_open.close_and_open(
-            u, streams, post, comb, handed, fn, base, scale, **constants
-        )
+        return close_open.close_and_open(u, streams, post, comb, *opening, **constants)
     streams = expand(u, streams, post, comb, kernels)
-    return open_site(streams, handed, fn, base, scale, **constants, kernels=kernels)
+    return open_site(streams, *opening, **constants, kernels=kernels)

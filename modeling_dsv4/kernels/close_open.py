@@ -68,15 +68,10 @@ def join_kernel(
     HANDED: tl.constexpr, BF16: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """`fn` is the table of `split_kernel` where BF16."""
-    LINES: tl.constexpr = 2 * RP if BF16 else RP
-    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    t, first, last = hyper.program_of(n, D, SPLIT, BT, BD)
     live = t < n
-    line = tl.arange(0, LINES)
-    acc = tl.zeros([LINES, BT], dtype=tl.float32)
+    acc = tl.zeros([2 * RP if BF16 else RP, BT], dtype=tl.float32)
     square = tl.zeros([BT, BD], dtype=tl.float32)
-    per = tl.cdiv(tl.cdiv(D, BD), SPLIT)
-    first = tl.program_id(1) * per
-    last = min(first + per, tl.cdiv(D, BD))
     for block in range(first, last):
         d = block * BD + tl.arange(0, BD)
         inside = live[:, None] & (d < D)[None, :]
@@ -90,7 +85,7 @@ def join_kernel(
         for k in tl.static_range(N):
             x = _mixed(post, comb, added, held, t, live, k, N, out.dtype.element_ty)
             tl.store(out + (t[:, None] * N + k) * D + d[None, :], x, mask=inside)
-            acc = hyper.add_products(acc, x, fn, line, k, d, D, N, ROWS, RP, BF16)
+            acc = hyper.add_products(acc, x, fn, k, d, D, N, ROWS, RP, BF16)
             wide = x.to(tl.float32)
             square += wide * wide
             if HANDED:
@@ -110,19 +105,8 @@ class CloseOpen(torch.autograd.Function):
     """`hyper_ops.close_and_open` on contiguous tensors; saves its inputs, h', m and r."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        u: torch.Tensor,
-        streams: torch.Tensor,
-        post: torch.Tensor,
-        comb: torch.Tensor,
-        handed: torch.Tensor | None,
-        fn: torch.Tensor,
-        base: torch.Tensor,
-        scale: torch.Tensor,
-        constants: tuple[int, float, float],
-        tiles: Tiles,
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor, ...]:
+        u, streams, post, comb, handed, fn, base, scale, constants, tiles = given
         n, N, D, rows, padded, bf16 = sizes_of(streams)
         out, y = torch.empty_like(streams), streams.new_empty(n, D)
         partial = fn.new_empty(tiles.split, n, padded)
@@ -160,25 +144,18 @@ def close_and_open(
     post: torch.Tensor,
     comb: torch.Tensor,
     handed: torch.Tensor | None,
-    fn: torch.Tensor,
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    *,
-    iters: int,
-    eps: float,
-    rms_eps: float,
+    *parameters: torch.Tensor,
     tiles: Tiles | None = None,
+    **constants: Any,
 ) -> tuple[torch.Tensor, ...]:
     """Twin of `hyper_ops.close_and_open` for any leading axes; see there."""
     batch, (N, D) = streams.shape[:-2], streams.shape[-2:]
-    y, pre, post, comb, out = CloseOpen.apply(
+    outs = CloseOpen.apply(
         u.reshape(-1, D).contiguous(), streams.reshape(-1, N, D).contiguous(),
         post.reshape(-1, N).contiguous(), comb.reshape(-1, N, N).contiguous(),
         None if handed is None else handed.reshape(-1, N).contiguous(),
-        fn.contiguous(), base.contiguous(), scale.contiguous(),
-        (iters, eps, rms_eps), tiles or tiles_for(batch.numel()),
+        *(p.contiguous() for p in parameters),
+        tuple(constants[name] for name in ("iters", "eps", "rms_eps")),
+        tiles or tiles_for(batch.numel()),
     )  # fmt: skip
-    return (
-        y.view(*batch, D), pre.view(*batch, N), post.view(*batch, N), comb.view(*batch, N, N),
-        out.view(streams.shape),
-    )  # fmt: skip
+    return tuple(x.view(*batch, *x.shape[1:]) for x in outs)

@@ -65,21 +65,29 @@ def split_kernel(fn, table, size, RP: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def program_of(n, D, SPLIT: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """A program's tokens, and its slice of the channel blocks: the first, and where it ends."""
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    blocks = tl.cdiv(D, BD)
+    per = tl.cdiv(blocks, SPLIT)
+    first = tl.program_id(1) * per
+    return t, first, min(first + per, blocks)
+
+
+@triton.jit
 def project_kernel(
     streams, fn, partial, n, size,
     ROWS: tl.constexpr, RP: tl.constexpr, SPLIT: tl.constexpr, BF16: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The streams are one of `size` = N * D channels; `fn` is `split_kernel`'s table where BF16."""
-    LINES: tl.constexpr = 2 * RP if BF16 else RP
-    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    t, first, last = program_of(n, size, SPLIT, BT, BD)
     live = t < n
+    LINES: tl.constexpr = 2 * RP if BF16 else RP
     line = tl.arange(0, LINES)
     acc = tl.zeros([BT, LINES], dtype=tl.float32)
     square = tl.zeros([BT, BD], dtype=tl.float32)
-    per = tl.cdiv(tl.cdiv(size, BD), SPLIT)
-    first = tl.program_id(1) * per
-    for block in range(first, min(first + per, tl.cdiv(size, BD))):
+    for block in range(first, last):
         d = block * BD + tl.arange(0, BD)
         inside = live[:, None] & (d < size)[None, :]
         x = tl.load(streams + t[:, None] * size + d[None, :], mask=inside, other=0.0)
@@ -101,24 +109,20 @@ def project_handed_kernel(
     BF16: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The same, and y: a channel block of all streams at once."""
-    LINES: tl.constexpr = 2 * RP if BF16 else RP
-    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    t, first, last = program_of(n, D, SPLIT, BT, BD)
     live = t < n
-    line = tl.arange(0, LINES)
-    acc = tl.zeros([LINES, BT], dtype=tl.float32)
-    square = tl.zeros([BT, BD], dtype=tl.float32)
     w = ()
     for j in tl.static_range(N):
         w = w + (tl.load(handed + t * N + j, mask=live, other=0.0)[:, None],)  # noqa: RUF005
-    per = tl.cdiv(tl.cdiv(D, BD), SPLIT)
-    first = tl.program_id(1) * per
-    for block in range(first, min(first + per, tl.cdiv(D, BD))):
+    acc = tl.zeros([2 * RP if BF16 else RP, BT], dtype=tl.float32)
+    square = tl.zeros([BT, BD], dtype=tl.float32)
+    for block in range(first, last):
         d = block * BD + tl.arange(0, BD)
         inside = live[:, None] & (d < D)[None, :]
         mixed = tl.zeros([BT, BD], dtype=tl.float32)
         for j in tl.static_range(N):
             x = tl.load(streams + (t[:, None] * N + j) * D + d[None, :], mask=inside, other=0.0)
-            acc = add_products(acc, x, fn, line, j, d, D, N, ROWS, RP, BF16)
+            acc = add_products(acc, x, fn, j, d, D, N, ROWS, RP, BF16)
             wide = x.to(tl.float32)
             square += wide * wide
             mixed += w[j] * wide
@@ -128,10 +132,11 @@ def project_handed_kernel(
 
 @triton.jit
 def add_products(
-    acc, x, fn, line, j, d, D,
+    acc, x, fn, j, d, D,
     N: tl.constexpr, ROWS: tl.constexpr, RP: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """Add the products of channels d of stream j, x [BT, BD], to acc [LINES, BT]."""
+    line = tl.arange(0, 2 * RP if BF16 else RP)
     wanted = (line % RP < ROWS)[:, None] & (d < D)[None, :]
     f = tl.load(fn + line[:, None] * (N * D) + j * D + d[None, :], mask=wanted, other=0.0)
     if BF16:
@@ -316,11 +321,8 @@ def open_site(
     """Twin of `hyper_ops.open_site` for any leading axes; see there."""
     batch, (N, D) = streams.shape[:-2], streams.shape[-2:]
     handed = None if handed is None else handed.reshape(-1, N).contiguous()
-    y, pre, post, comb, passed = OpenSite.apply(
+    outs = OpenSite.apply(
         streams.reshape(-1, N, D).contiguous(), handed, fn.contiguous(), base.contiguous(),
         scale.contiguous(), (iters, eps, rms_eps), tiles or tiles_for(batch.numel()),
     )  # fmt: skip
-    return (
-        y.view(*batch, D), pre.view(*batch, N), post.view(*batch, N), comb.view(*batch, N, N),
-        passed.view(streams.shape),
-    )  # fmt: skip
+    return tuple(x.view(*batch, *x.shape[1:]) for x in outs)

@@ -64,13 +64,13 @@ def _ops(single: bool, site: dict[str, Any], **more: object) -> tuple[Callable, 
 
 
 @INTERPRETED
-@pytest.mark.parametrize("single", [False, True], ids=["own", "handed"])
 @pytest.mark.parametrize(
     ("batch", "n", "d", "dtype"),
     [((3, 6), 4, 20, torch.float32), ((5,), 3, 23, torch.float32), ((2,), 2, 40, torch.float32),
      ((3,), 4, 32, torch.bfloat16), ((0,), 4, 16, torch.float32), ((1,), 1, 16, torch.float32)],
     ids=str,
 )  # fmt: skip
+@pytest.mark.parametrize("single", [False, True], ids=["own", "handed"])
 def test_closing_and_opening_is_one_after_the_other(
     agree: Agree, batch: tuple[int, ...], n: int, d: int, dtype: torch.dtype, single: bool
 ) -> None:
@@ -80,8 +80,12 @@ def test_closing_and_opening_is_one_after_the_other(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("single", [False, True], ids=["own", "handed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("batch", "d"), [((2, 513), 4096), ((1,), 5120), ((3, 77), 100)], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "d", "dtype"),
+    [((2, 513), 4096, torch.float32), ((2, 513), 4096, torch.bfloat16),
+     ((1,), 5120, torch.bfloat16), ((3, 77), 100, torch.float32)],
+    ids=str,
+)  # fmt: skip
 def test_closing_and_opening_is_one_after_the_other_at_real_size(
     agree: Agree, batch: tuple[int, ...], d: int, dtype: torch.dtype, single: bool
 ) -> None:

@@ -19,9 +19,9 @@ The product is transposed as in `project_handed_kernel`: as its first operand h'
 twice, once in registers of the product's layout and once in those of the store.
 
 Backward: the launches of `hyper.py`, then that of `expand.py`, with the gradient of h' between.
-Every inner product of expand's backward is a sum over channels, and every program of `spread` that
-makes the gradient holds a block of channels: joined, each program would add up 24 such sums a token
-for each of its tiles across threads, which costs more than the passes it saves.
+Every inner product of expand's backward is a sum over channels, and a program of `spread`, which
+makes the gradient, holds a block of channels of many tokens. Joined, it would add up N^2 + 2N such
+sums a token across its threads for every tile: compiled so, a tile has 170 to 300 barriers.
 
 Masks and products are those of `hyper.py`.
 """
@@ -51,17 +51,6 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def _mixed(
-    post, comb, added, held, t, live, k: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr
-):  # fmt: skip
-    """Stream k of the closed site, as it is stored."""
-    z = tl.load(post + t * N + k, mask=live, other=0.0)[:, None] * added
-    for j in tl.static_range(N):
-        z += tl.load(comb + (t * N + j) * N + k, mask=live, other=0.0)[:, None] * held[j]
-    return z.to(dtype)
-
-
-@triton.jit
 def join_kernel(
     u, streams, post, comb, fn, handed, out, partial, y, n, D,
     N: tl.constexpr, ROWS: tl.constexpr, RP: tl.constexpr, SPLIT: tl.constexpr,
@@ -83,7 +72,11 @@ def join_kernel(
             held = held + (tl.load(streams + at_j, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
         mixed = tl.zeros([BT, BD], dtype=tl.float32)
         for k in tl.static_range(N):
-            x = _mixed(post, comb, added, held, t, live, k, N, out.dtype.element_ty)
+            z = tl.load(post + t * N + k, mask=live, other=0.0)[:, None] * added
+            for j in tl.static_range(N):
+                cell = comb + (t * N + j) * N + k
+                z += tl.load(cell, mask=live, other=0.0)[:, None] * held[j]
+            x = z.to(out.dtype.element_ty)
             tl.store(out + (t[:, None] * N + k) * D + d[None, :], x, mask=inside)
             acc = hyper.add_products(acc, x, fn, k, d, D, N, ROWS, RP, BF16)
             wide = x.to(tl.float32)

@@ -140,9 +140,10 @@ def add_products(
     wanted = (line % RP < ROWS)[:, None] & (d < D)[None, :]
     f = tl.load(fn + line[:, None] * (N * D) + j * D + d[None, :], mask=wanted, other=0.0)
     if BF16:
-        return tl.dot(f, tl.trans(x), acc)
+        acc = tl.dot(f, tl.trans(x), acc)
     else:
-        return tl.dot(f, tl.trans(x.to(tl.float32)), acc, input_precision="ieee")
+        acc = tl.dot(f, tl.trans(x.to(tl.float32)), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit

@@ -55,9 +55,13 @@ class Pass:
         if there not in self.moved:
             tensors: dict[str, Any] = {
                 name: None if value is None else value.to(there, non_blocking=non_blocking)
-                for name in ("input_ids", "token_types", "engram_rows", "live")
+                for name in ("input_ids", "token_types", "live")
                 for value in [getattr(self, name)]
             }
+            rows = self.engram_rows
+            # Those that tables on the host were told stay there: by these they are known again.
+            if rows is not None and rows.device == self.segments.row.device:
+                tensors["engram_rows"] = rows.to(there, non_blocking=non_blocking)
             turns = {k: x.to(there, non_blocking=non_blocking) for k, x in self.turns.items()}
             segments = self.segments.to(there)
             # A copy that is moved on finds what was made before, itself too.
@@ -73,6 +77,8 @@ class Dsv4DecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         self.single_pass = config.hc_single_pass
+        # A layer that makes entries of its own reads none: they need not move to its device.
+        self.hands_on = layer_idx + 1 not in config.kv_source_layer_ids
         has_engram = layer_idx in config.engram_layer_ids
         self.engram = Engram(config, layer_idx) if has_engram else None
         self.attn_hc = HyperConnection(config)
@@ -129,6 +135,7 @@ class Dsv4DecoderLayer(GradientCheckpointingLayer):
         streams, pre, (shared, probabilities), router_logits = self._sites(
             attend, think, streams, pre
         )
+        shared = shared if self.hands_on else Shared()
         return streams, pre, *shared, router_logits, probabilities
 
     def _sites(

@@ -17,7 +17,7 @@ first pass and stays where it is, counters included: a step of one token then ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -366,7 +366,7 @@ class Dsv4Cache(Cache):
         path: str | Path,
         config: Dsv4Config,
         input_ids: torch.Tensor | None = None,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | Sequence[str | torch.device] = "cpu",
         offload: str | Path | None = None,
     ) -> Dsv4Cache:
         """Read a cache that `save` wrote, for the model that made it.
@@ -376,7 +376,7 @@ class Dsv4Cache(Cache):
             config: the model's; must agree with the one saved. Weights are not compared; a model
                 of another dtype refuses the cache in its first pass.
             input_ids: [B, >= columns]; refused unless they begin with what was saved.
-            device: where the cache is to lie.
+            device: where the cache is to lie; one for each layer of a model that is split.
             offload: where its entries are to lie, as the constructor takes it; whatever it was for
                 the cache saved.
 

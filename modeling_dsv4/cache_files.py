@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -24,6 +24,9 @@ from .segments import RowState
 
 if TYPE_CHECKING:
     from .cache import Dsv4Cache
+
+Place: TypeAlias = str | torch.device
+Places: TypeAlias = Place | Sequence[Place]
 
 _KIND, _VERSION = "dsv4-cache", "1"
 # Fields that change nothing in a cache; all others of `Dsv4Config` must agree.
@@ -72,11 +75,12 @@ def load(
     path: str | Path,
     config: Dsv4Config,
     input_ids: torch.Tensor | None,
-    device: str | torch.device,
+    device: Places,
     offload: str | Path | None,
 ) -> Dsv4Cache:
     """What `Dsv4Cache.load` does; `kind` is that class."""
     path = Path(path)
+    first, of_layers = _by_layer(device, config.num_hidden_layers)
     tensors, saved, facts = _read(path)
     _check_same(path, saved, _architecture(config))
     try:
@@ -85,12 +89,13 @@ def load(
         entries = {ratio: tensors.pop(f"state.entries.{ratio}") for ratio in cache.ratios}
         counters = {name: tensors.pop(f"state.{name}") for name in _COUNTERS}
         # Copied: the cache is written in place, and the file may be replaced meanwhile.
-        counters = {name: x.to(device, copy=True) for name, x in counters.items()}
-        entries = {ratio: x.to(device, copy=True) for ratio, x in entries.items()}
+        counters = {name: x.to(first, copy=True) for name, x in counters.items()}
+        entries = {ratio: x.to(first, copy=True) for ratio, x in entries.items()}
         cache.state = RowState(**counters, entries=entries, blank=False)
         for name, store in cache.named_stores():
             if name in tensors or name.endswith(".window"):
-                store.restore(tensors.pop(name), device)
+                layer = name.split(".")[1] if name.startswith("layers.") else None
+                store.restore(tensors.pop(name), of_layers[int(layer)] if layer else first)
         ids = facts["ids"]
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: wanted all parts of a cache, got none of {error}") from None
@@ -101,6 +106,17 @@ def load(
             f"{cache.columns} tokens, or one saved without them; read the prompt again"
         )
     return cache
+
+
+def _by_layer(device: Places, layers: int) -> tuple[Place, list[Place]]:
+    """Where counters lie, and the stores of each layer."""
+    if isinstance(device, str | torch.device):
+        return device, [device] * layers
+    if len(device) != layers:
+        raise ValueError(
+            f"device: wanted one, or one for each of {layers} layers, got {len(device)}"
+        )
+    return device[0], list(device)
 
 
 def _architecture(config: Dsv4Config) -> dict[str, Any]:

@@ -101,6 +101,13 @@ class FarRows(PackedRows):
         """Whether rows are kept as computed, in the dtype of the model."""
         return isinstance(self.store.codec, PlainCodec)
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> FarRows:
+        """The same for a layer on another device, to which it fetches what it reads itself."""
+        there = torch.device(device)
+        if there == self._device:
+            return self
+        return FarRows(self.store, self.length, self.dtype, there)
+
     def __getitem__(self, at: tuple[slice, slice]) -> torch.Tensor:
         """Rows `[:, low:high]` as numbers [B, high - low, C], fetched in blocks."""
         low, high, _ = at[1].indices(self.length)

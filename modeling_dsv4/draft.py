@@ -62,6 +62,17 @@ class Past(NamedTuple):
     keep: torch.Tensor
 
 
+class _Asked(NamedTuple):
+    """Arguments of `Dsv4DraftHead.propose`, all of them where the head is."""
+
+    model: Dsv4ForCausalLM
+    token: torch.Tensor
+    number: int
+    state: RowState
+    rings: DraftRings
+    pick: Pick
+
+
 class MarkovHead(nn.Module):
     """First-order correction of draft logits: V x rank, rank x V."""
 
@@ -165,6 +176,11 @@ class Dsv4DraftHead(nn.ModuleList):
         """The stages, typed."""
         return [cast(Dsv4DraftStage, stage) for stage in self]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the stages lie; the backbone's last layers may lie elsewhere."""
+        return next(self.parameters()).device
+
     def main(self, tapped: list[torch.Tensor]) -> torch.Tensor:
         """DSpark's view of the backbone: means [B, S, D] of the target streams -> [B, S, D]."""
         first = self.stages[0]
@@ -187,8 +203,11 @@ class Dsv4DraftHead(nn.ModuleList):
             told: the pass.
             rings: of the cache.
         """
+        there = self.device
+        told, streams, embeds = told.to(there), streams.to(there), embeds.to(there)
         segments = told.segments
         if self.config.draft_kind == "dspark":
+            tapped = [x.to(there) for x in tapped]
             main, turn = self.main(tapped), told.turns[False]
             for stage, ring in zip(self.stages, rings.keys, strict=True):
                 ring.write(stage.self_attn.key(main, turn), segments)
@@ -221,16 +240,27 @@ class Dsv4DraftHead(nn.ModuleList):
             rings: of the same cache.
             pick: chooses each token; what it returns is what later guesses build on.
         """
-        if self.config.draft_kind == "mtp":
-            return self._propose_in_turn(model, token, count, state, rings, pick)
+        here, there = token.device, self.device
+        token, state = token.to(there), state.to(there)
+
+        def pick_there(guesses: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            return pick(guesses.to(here), logits.to(here)).to(there)
+
+        way = self._propose_in_turn if self.config.draft_kind == "mtp" else self._propose_block
+        draft = way(_Asked(model, token, count, state, rings, pick_there))
+        return Draft(*(part.to(here) for part in draft))
+
+    def _propose_block(self, asked: _Asked) -> Draft:
+        """DSpark: a block at once, then token by token what Markov's head adds."""
+        model, token, count, state, rings, pick = asked
         size = cast(int, self.config.dspark_block_size)
         if count > size:
             raise ValueError(f"draft: wanted at most a block of {size} tokens, got {count}")
-        first = torch.maximum(state.start, rings.since)
+        first = torch.maximum(state.start, rings.since.to(token.device))
         past = [_past(ring, self.config.sliding_window, state.seen, first) for ring in rings.keys]
         y = self.draft_block(model, token, state.offset + state.seen - state.start, past)[:, :count]
         last = self.stages[-1]
-        logits = model.lm_head(last.norm(y))
+        logits = model.lm_head(last.norm(y)).to(token.device)
         tokens, scores, confidence = token[:, None], [], []
         for i in range(count):
             before = last.markov_head.embed(tokens[:, -1])
@@ -260,7 +290,7 @@ class Dsv4DraftHead(nn.ModuleList):
         size = cast(int, self.config.dspark_block_size)
         ids = torch.full((len(token), size), self.config.dspark_noise_token_id or 0).to(token)
         ids[:, 0] = token
-        embeds = model.get_input_embeddings()(ids)
+        embeds = model.get_input_embeddings()(ids).to(ids.device)
         streams = embeds[:, :, None].expand(-1, -1, self.config.hc_mult, -1)
         pre = first_pre(streams)
         places = position[:, None] + torch.arange(size, device=token.device)
@@ -269,29 +299,23 @@ class Dsv4DraftHead(nn.ModuleList):
             streams, pre, _ = stage.block(streams, pre, turn, keys)
         return self.stages[-1].collapse(streams, pre)
 
-    def _propose_in_turn(
-        self,
-        model: Dsv4ForCausalLM,
-        token: torch.Tensor,
-        count: int,
-        state: RowState,
-        rings: DraftRings,
-        pick: Pick,
-    ) -> Draft:
+    def _propose_in_turn(self, asked: _Asked) -> Draft:
         """MTP: token by token, each from the streams of the one before."""
+        model, token, count, state, rings, pick = asked
         stage, window = self.stages[0], self.config.sliding_window - 1
         assert rings.streams.data is not None
         # The key at the document's first place is made of another document's streams.
-        first = torch.maximum(state.start, rings.since) + 1
+        first = torch.maximum(state.start, rings.since.to(token.device)) + 1
         keys, keep = _past(rings.keys[0], window, state.seen, first)
         h = rings.streams.tail(state.seen, 1, rings.streams.data)
         place = state.offset + state.seen - state.start - 1
         tokens, scores, confidence = token[:, None], [], []
         for i in range(count):
-            x = stage.meet(h, model.get_input_embeddings()(tokens[:, -1:]))
+            embeds = model.get_input_embeddings()(tokens[:, -1:]).to(token.device)
+            x = stage.meet(h, embeds)
             turn = rotation((place + i)[:, None], self.config, compressed=False)
             h, pre, own = stage.block(x, first_pre(x), turn, Past(keys, keep))
-            logits = model.lm_head(stage.norm(stage.collapse(h, pre)))[:, 0]
+            logits = model.lm_head(stage.norm(stage.collapse(h, pre)))[:, 0].to(token.device)
             scores.append(logits)
             chosen = pick(tokens[:, 1:], logits)
             # This head has no confidence: what it gives its own guess stands in.

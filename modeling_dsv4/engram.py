@@ -130,8 +130,13 @@ def lookup_rows(
     """Table rows of every token for all Engram layers: [layers, B, S, P] int64.
 
     Look-back stops for good at the document's start and at image tokens. `ring` carries the
-    compressed ids of the tokens before; None starts from nothing.
+    compressed ids of the tokens before; None starts from nothing. The rows are where `input_ids`
+    are, which need not be where the hash is.
     """
+    here, there = input_ids.device, hashing.token_map.device
+    if here != there:
+        live = None if live is None else live.to(there)
+        input_ids, segments = input_ids.to(there), segments.to(there)
     ids = hashing.compress(input_ids, live)
     back = hashing.config.engram_max_ngram_size - 1
     if ring is None:
@@ -139,7 +144,7 @@ def lookup_rows(
     else:
         before = ring.tail(segments.state.seen, back, ids)
         ring.write(ids, segments)
-    return ngram_rows(hashing, torch.cat((before, ids), dim=1), segments.local)
+    return ngram_rows(hashing, torch.cat((before, ids), dim=1), segments.local).to(here)
 
 
 def ngram_rows(hashing: EngramHash, history: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

@@ -43,9 +43,16 @@ class Dsv4Generation(GenerationMixin):
         cache_implementation="static")`; all other passes run eagerly. A run-time switch, not saved.
 
         Raises:
-            ValueError: an unknown mode, "captured" without a CUDA device, or experts that are
-                packed, on disk or adapted: which of them a token hits must be known on the host.
+            ValueError: an unknown mode, "captured" without a CUDA device, layers on several
+                devices, or experts that are packed, on disk or adapted: which of them a token hits
+                must be known on the host.
         """
+        places = sorted({str(p.device) for p in self.parameters()})
+        if mode != "eager" and len(places) > 1:
+            raise ValueError(
+                f"set_step: {mode!r} wants all layers on one device, got {', '.join(places)}; load "
+                'the model onto one of them, or stay with "eager"'
+            )
         others = {type(m).__name__ for m in self.modules() if isinstance(m, ExpertsBase)}
         others -= {Dsv4Experts.__name__}
         if mode != "eager" and others:

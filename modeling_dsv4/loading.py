@@ -49,7 +49,7 @@ class PretrainedLoading(_Base):
         config: PreTrainedConfig | str | os.PathLike[str] | None = None,
         dequantize: bool = False,
         expert_memory: str | int | None = None,
-        expert_device_memory: str | int | None = None,
+        expert_device_memory: str | int | dict[str, str | int] | None = None,
         cold_experts: str | None = None,
         expert_reads: str | None = None,
         prefetch: str | None = None,
@@ -65,7 +65,8 @@ class PretrainedLoading(_Base):
             dequantize: expand FP4 and FP8 storage to plain weights; exact in bfloat16.
             expert_memory: how much of the routed experts may be resident ("2GiB"); the rest is
                 read from disk when routed to. Wants a directory that `dsv4-quantize` made.
-            expert_device_memory: how much of them may lie in the memory of each GPU.
+            expert_device_memory: how much of them may lie in the memory of each GPU; {"0": ..,
+                "1": ..} by its number.
             cold_experts: where experts outside of it are computed: "device", "host" or "auto".
             expert_reads: "direct" past the system's page cache, so that `expert_memory` is all
                 that experts take; "cached" through it; "auto" is the first where not all fit.
@@ -223,7 +224,7 @@ def _local_directory(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> Pa
         ) from error
 
 
-def _set_budgets(config: PreTrainedConfig, **budgets: str | int | None) -> None:
+def _set_budgets(config: PreTrainedConfig, **budgets: Any) -> None:
     given = {k: v for k, v in budgets.items() if v is not None}
     if not given:
         return

@@ -40,6 +40,12 @@ class RowState:
         """All counters, always in the same order."""
         return [self.seen, self.start, self.offset, *self.entries.values()]
 
+    def to(self, device: torch.device) -> RowState:
+        """The same counters on another device, to be read there."""
+        entries = {ratio: x.to(device) for ratio, x in self.entries.items()}
+        seen, start, offset = (x.to(device) for x in (self.seen, self.start, self.offset))
+        return RowState(seen, start, offset, entries, self.blank)
+
     @classmethod
     def empty(cls, batch: int, device: torch.device) -> RowState:
         zero = torch.zeros(batch, dtype=torch.long, device=device)
@@ -80,13 +86,11 @@ class Segments:
 
     def to(self, device: torch.device) -> Segments:
         """The same places on another device; `state` is read there, and changed here alone."""
-        out, state = copy.copy(self), self.state
+        out = copy.copy(self)
         for name in ("row", "start", "position", "local", "count"):
             setattr(out, name, getattr(self, name).to(device))
         out.columns = None if self.columns is None else self.columns.to(device)
-        entries = {ratio: x.to(device) for ratio, x in state.entries.items()}
-        seen, start, offset = (x.to(device) for x in (state.seen, state.start, state.offset))
-        out.state = RowState(seen, start, offset, entries, state.blank)
+        out.state = self.state.to(device)
         out._windows = {
             ratio: Windows(*(getattr(found, f.name).to(device) for f in fields(Windows)))
             for ratio, found in self._windows.items()
@@ -163,13 +167,17 @@ class Segments:
         return x.gather(1, index.expand(*self.columns.shape, *x.shape[2:]))
 
     def restore(self, x: torch.Tensor, columns: int) -> torch.Tensor:
-        """Real tokens [B, S, ...] -> input columns [B, columns, ...]; pads become zero."""
+        """Real tokens [B, S, ...] -> input columns [B, columns, ...]; pads become zero.
+
+        Where the last layer lies on another device than the first, x is there.
+        """
         if self.step:
-            return x.masked_fill(~self.valid.view(*x.shape[:2], *[1] * (x.dim() - 2)), 0)
+            valid = self.valid.to(x.device)
+            return x.masked_fill(~valid.view(*x.shape[:2], *[1] * (x.dim() - 2)), 0)
         if self.columns is None:
             return x
         out = x.new_zeros(x.shape[0], columns + 1, *x.shape[2:])
-        to = torch.where(self.valid, self.columns, columns)
+        to = torch.where(self.valid, self.columns, columns).to(x.device)
         index = to.view(*to.shape, *[1] * (x.dim() - 2)).expand_as(x)
         return out.scatter(1, index, x)[:, :columns]
 

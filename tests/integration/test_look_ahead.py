@@ -105,6 +105,29 @@ def test_where_attention_adds_nothing_guesses_are_the_choice(converted: Path, he
             assert sorted(last[at]) == experts
 
 
+def test_where_attention_adds_nothing_a_guess_asks_with_what_the_router_gets(
+    converted: Path,
+) -> None:
+    model = load(converted, "same-layer")
+    asked: dict[int, list[torch.Tensor]] = {}
+    for layer in layers_of(model):
+        silence(layer.self_attn)
+        # Streams apart from each other: how a site collapses them is then seen in what comes out.
+        for site in (layer.attn_hc, layer.ffn_hc):
+            site.base.data = torch.randn_like(site.base) * 4
+        if not layer.mlp.gate.hashed:
+            heard, forward = asked.setdefault(layer.layer_idx, []), layer.mlp.gate.forward
+            layer.mlp.gate.forward = lambda x, *more, heard=heard, forward=forward: (
+                heard.append(x), forward(x, *more),
+            )[1]  # fmt: skip
+    decode(model, tokens=2)
+    for layer_idx, heard in asked.items():
+        _, *decoded = heard
+        assert len(decoded) == 4, f"layer {layer_idx}: a guess and a choice for each of two tokens"
+        for guessed, chosen in (decoded[:2], decoded[2:]):
+            torch.testing.assert_close(guessed, chosen, rtol=1e-4, atol=1e-5)
+
+
 def test_the_likeliest_guess_comes_first(converted: Path, heard: Heard) -> None:
     model = load(converted, "same-layer")
     layer = layers_of(model)[-1]

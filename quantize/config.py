@@ -109,7 +109,8 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         weight_block_size: [n, n] if the dense part is in a release's FP8 blocks.
         expert_memory: how much of the experts may be resident, "2GiB" or bytes; a wish of this run.
         engram_memory: likewise of the Engram tables.
-        expert_device_memory: how much of the experts may lie in each GPU's memory.
+        expert_device_memory: how much of the experts may lie in each GPU's memory; {"0": .., "1":
+            ..} where they differ.
         cold_experts: where an expert outside of it is computed: "device", "host" or "auto".
         expert_reads: "direct" past the page cache, "cached" through it, "auto".
         prefetch: "off", or a guess of what a layer will read, see look_ahead.py: "same-layer"
@@ -136,7 +137,7 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         weight_block_size: list[int] | None = None,
         expert_memory: str | int | None = None,
         engram_memory: str | int | None = None,
-        expert_device_memory: str | int | None = None,
+        expert_device_memory: str | int | Mapping[str, str | int] | None = None,
         cold_experts: str = "device",
         expert_reads: str = "auto",
         prefetch: str = "off",
@@ -149,7 +150,11 @@ class Dsv4QuantizationConfig(ReleaseConfig):
         self.expert_memory = None if expert_memory is None else parse_size(expert_memory)
         self.engram_memory = None if engram_memory is None else parse_size(engram_memory)
         given = expert_device_memory
-        self.expert_device_memory = None if given is None else parse_size(given)
+        self.expert_device_memory: int | dict[str, int] | None
+        if isinstance(given, Mapping):
+            self.expert_device_memory = {str(k): parse_size(v) for k, v in given.items()}
+        else:
+            self.expert_device_memory = None if given is None else parse_size(given)
         self.cold_experts = one_of("cold_experts", cold_experts, ("device", "host", "auto"))
         self.expert_reads = one_of("expert_reads", expert_reads, ("auto", "direct", "cached"))
         self.prefetch = one_of("prefetch", prefetch, ("off", "next-layer", "same-layer"))

@@ -187,7 +187,7 @@ def attach(
     """
     modules = [(p, m) for p, m in model.named_modules() if isinstance(m, StoredExperts)]
     devices = {path: _device(model, path) for path, _ in modules}
-    if isinstance(device_memory, int) and all(d.type != "cuda" for d in devices.values()):
+    if isinstance(device_memory, int) and not any(map(_has_slots, devices.values())):
         raise ValueError(
             "expert_device_memory: wanted layers on a GPU (device_map), got a model in host "
             "memory; leave it out, or give expert_memory"
@@ -198,7 +198,7 @@ def attach(
     if host is None:
         host = max(int(_DEFAULT_SHARE * available_memory()), largest)
     budgets = dict.fromkeys(devices.values(), host)
-    budgets |= {d: _device_budget(d, device_memory) for d in budgets if d.type == "cuda"}
+    budgets |= {d: _device_budget(d, device_memory) for d in budgets if _has_slots(d)}
     total = dict.fromkeys(budgets, 0)
     for (path, _), pack in zip(modules, packs, strict=True):
         total[devices[path]] += pack.nbytes if pack in plain else 0
@@ -212,7 +212,7 @@ def attach(
             left.append((path, module, pack))
     if not left:
         return
-    on_host = sum(size for device, size in taken.items() if device.type == "cpu")
+    on_host = sum(size for device, size in taken.items() if not _has_slots(device))
     rest = max(host - on_host, largest) if on_host else host
     page_cache = None if reads == "auto" else reads == "cached"
     store = ExpertStore([pack for _, _, pack in left], rest, page_cache=page_cache)
@@ -222,7 +222,7 @@ def attach(
         device = devices[path]
         room = budgets[device] - taken[device]
         # Beside resident experts only drafts are left, which can also do without.
-        if device.type != "cuda" or (taken[device] and room < 2 * largest):
+        if not _has_slots(device) or (taken[device] and room < 2 * largest):
             continue
         if device not in tiers:
             tiers[device] = DeviceTier(store, device, room)
@@ -237,6 +237,11 @@ def left_of(model: nn.Module, device: str, limit: int) -> int:
     place = torch.device("cuda", int(device)) if device.isdigit() else torch.device(device)
     held = (*model.parameters(), *model.buffers())
     return max(0, limit - sum(tensor.nbytes for tensor in held if tensor.device == place))
+
+
+def _has_slots(device: torch.device) -> bool:
+    """Whether a device has a memory of its own, for experts that its layers use."""
+    return device.type == "cuda"
 
 
 def _device_budget(device: torch.device, given: int | Mapping[str, int] | None) -> int:

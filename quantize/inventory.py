@@ -4,7 +4,7 @@
 import copy
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from modeling_dsv4.configuration_dsv4 import Dsv4Config
@@ -12,6 +12,7 @@ from modeling_dsv4.safetensors_file import DTYPES
 from modeling_dsv4.weight_map import official_inventory
 
 from .config import Recipe
+from .layer_split import LayerSizes
 from .pack import PackLayout
 from .placement import ModelSizes
 
@@ -23,15 +24,25 @@ _PARTS = (
     ("embedding", r"embed\.weight"),
     ("dense", r".*"),
 )
+_LEFT_TO_THE_HOST = r"(layers|mtp)\.\d+\.ffn\.experts\..*|.*\.engram\.embed\..*"
 
 
 def part_bytes(config: Dsv4Config) -> dict[str, int]:
     """Bytes by part as the configuration says they are stored: experts, dense, embedding, ..."""
+    return _by_part(_tensor_bytes(config))
+
+
+def _by_part(tensors: dict[str, int]) -> dict[str, int]:
     sizes = dict.fromkeys((name for name, _ in _PARTS), 0)
-    for name, (dtype, shape) in official_inventory(config).items():
-        part = next(part for part, pattern in _PARTS if re.fullmatch(pattern, name))
-        sizes[part] += DTYPES[dtype].itemsize * math.prod(shape)
+    for name, size in tensors.items():
+        sizes[next(part for part, pattern in _PARTS if re.fullmatch(pattern, name))] += size
     return sizes
+
+
+def _tensor_bytes(config: Dsv4Config) -> dict[str, int]:
+    """Bytes of every tensor of a release."""
+    found = official_inventory(config).items()
+    return {name: DTYPES[dtype].itemsize * math.prod(shape) for name, (dtype, shape) in found}
 
 
 def model_sizes(config: Dsv4Config, recipe: Recipe, context: int = 65536) -> ModelSizes:
@@ -42,13 +53,10 @@ def model_sizes(config: Dsv4Config, recipe: Recipe, context: int = 65536) -> Mod
         recipe: formats of the routed experts.
         context: tokens whose keys and values are to fit.
     """
-    parts = part_bytes(_without_packs(config))
+    tensors = _tensor_bytes(_without_packs(config))
+    parts = _by_part(tensors)
     layers, experts = config.num_hidden_layers, config.n_routed_experts
-    widths = config.hidden_size, config.moe_intermediate_size
-    records = [
-        PackLayout.build(f"model.layers.{i}.mlp.experts", experts, *widths, recipe.format_of)
-        for i in range(layers)
-    ]
+    records = _packs(config, recipe)
     return ModelSizes(
         expert=-(-sum(pack.nbytes for pack in records) // (layers * experts)),
         num_experts=layers * experts,
@@ -59,25 +67,88 @@ def model_sizes(config: Dsv4Config, recipe: Recipe, context: int = 65536) -> Mod
         draft=parts["draft"],
         vision=parts["vision"],
         cache=cache_bytes(config, context),
+        layers=_by_layer(config, tensors, records, context),
     )
 
 
 def sizes_by_context(config: Dsv4Config, recipe: Recipe) -> Callable[[int], ModelSizes]:
     """`model_sizes` as a function of the context, for many of them."""
     base = model_sizes(config, recipe, 0)
-    return lambda context: replace(base, cache=cache_bytes(config, context))
+    assert base.layers is not None
+    layers = base.layers
+
+    def sizes(context: int) -> ModelSizes:
+        cache, handed = _cache_by_layer(config, context)
+        return replace(base, cache=sum(cache), layers=replace(layers, cache=cache, handed=handed))
+
+    return sizes
+
+
+def whole_sizes(config: Dsv4Config, context: int = 65536) -> LayerSizes:
+    """Bytes by layer of a model whose experts and tables are among its other weights."""
+    return _by_layer(config, _tensor_bytes(config), (), context)
+
+
+def _by_layer(
+    config: Dsv4Config, tensors: dict[str, int], packs: Sequence[PackLayout], context: int
+) -> LayerSizes:
+    """Bytes by layer of what a GPU holds; beside packs, tables of Engram are left to the host."""
+    dense, first, last = [0] * config.num_hidden_layers, 0, 0
+    if config.engram_layer_ids:
+        first = DTYPES["I64"].itemsize * config.vocab_size  # the token map, in no release
+    for name, size in tensors.items():
+        if packs and re.fullmatch(_LEFT_TO_THE_HOST, name):
+            continue
+        layer = re.match(r"layers\.(\d+)\.", name)
+        if layer:
+            dense[int(layer[1])] += size
+        elif name == "embed.weight":
+            first += size
+        else:
+            last += size
+    cache, handed = _cache_by_layer(config, context)
+    hashes = ("model.engram_hash",) if config.engram_layer_ids else ()
+    others = {
+        "model.hc_head": not config.hc_single_pass,
+        "mtp": config.num_draft_layers,
+        "vision": config.carries_vision or config.vision_config,
+    }
+    return LayerSizes(
+        tuple(dense), cache, handed,
+        experts=tuple(pack.nbytes for pack in packs) or (0,) * len(dense),
+        count=config.n_routed_experts if packs else 0,
+        record=max((pack.largest for pack in packs), default=0),
+        first=first, last=last,
+        first_modules=("model.embed_tokens", *hashes),
+        last_modules=("model.norm", "lm_head", *(name for name, has in others.items() if has)),
+    )  # fmt: skip
+
+
+def _packs(config: Dsv4Config, recipe: Recipe) -> list[PackLayout]:
+    widths = config.hidden_size, config.moe_intermediate_size
+    names = (f"model.layers.{i}.mlp.experts" for i in range(config.num_hidden_layers))
+    return [
+        PackLayout.build(name, config.n_routed_experts, *widths, recipe.format_of) for name in names
+    ]
 
 
 def cache_bytes(config: Dsv4Config, context: int) -> int:
     """Bytes of keys and values of one sequence, in bfloat16."""
-    window = config.num_hidden_layers * min(context, config.sliding_window) * config.head_dim
-    total = window
+    return sum(_cache_by_layer(config, context)[0])
+
+
+def _cache_by_layer(config: Dsv4Config, context: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Keys and values of each layer; and those of a source before it, were they handed to it."""
+    window = 2 * min(context, config.sliding_window) * config.head_dim
+    own, handed = [window] * config.num_hidden_layers, [0] * config.num_hidden_layers
     for layer in config.kv_source_layer_ids:
-        entries = context // config.compress_ratios[layer]
         # An index source that is a KV source too keeps a key per entry of its own.
         keys = config.index_head_dim if layer in config.index_source_layer_ids else 0
-        total += entries * (config.head_dim + keys)
-    return 2 * total
+        rows = 2 * (context // config.compress_ratios[layer]) * (config.head_dim + keys)
+        own[layer] += rows
+        for reader in range(layer + 1, config.num_hidden_layers):
+            handed[reader] = 0 if reader in config.kv_source_layer_ids else rows
+    return tuple(own), tuple(handed)
 
 
 def _without_packs(config: Dsv4Config) -> Dsv4Config:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from .layer_split import LayerSizes, Run, layers_that_fit, split_layers
 from .sizes import format_size
 
 
@@ -32,6 +33,7 @@ class ModelSizes:
         draft: draft heads, not used in plain decoding.
         vision: vision weights, carried and not used.
         cache: keys and values of the planned context.
+        layers: the same by layer, for GPUs that share them; None plans all of them as one.
     """
 
     expert: int
@@ -43,6 +45,7 @@ class ModelSizes:
     draft: int = 0
     vision: int = 0
     cache: int = 0
+    layers: LayerSizes | None = None
 
     @property
     def experts(self) -> int:
@@ -83,8 +86,21 @@ class Machine:
     @property
     def cards(self) -> tuple[int, ...]:
         """Memory of each GPU."""
-        cards = self.vram if isinstance(self.vram, tuple) else (self.vram,)
-        return tuple(card for card in cards if card)
+        return tuple(card for card in self._sizes if card)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What these GPUs are called: those of which nothing may be used are counted too."""
+        return tuple(number for number, card in enumerate(self._sizes) if card)
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return self.vram if isinstance(self.vram, tuple) else (self.vram,)
+
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        """The same without what is left to activations and everything else that runs."""
+        return tuple(card - _reserve(card, self) for card in self.cards)
 
     @property
     def cpu_rate(self) -> int:
@@ -191,6 +207,7 @@ class Plan:
         hits: what was taken for the share of reads that a tier serves.
         served: that share, by tier.
         seconds: per token, by link.
+        runs: which layers lie on which GPU; () without one, or where sizes by layer are not known.
     """
 
     sizes: ModelSizes
@@ -204,6 +221,7 @@ class Plan:
     hits: HitRates
     served: dict[str, float]
     seconds: dict[str, float]
+    runs: tuple[Run, ...] = ()
 
     @property
     def expert_memory(self) -> int:
@@ -227,31 +245,34 @@ def ceiling(sizes: ModelSizes, hit_rate: float, link_rate: float, fast_rate: flo
 def place(sizes: ModelSizes, machine: Machine, hits: HitRates = UNIFORM) -> Plan:
     """Fill the fastest tier first: dense part and cache, then experts; the rest stays on disk.
 
-    Several GPUs are one tier: whole layers lie on each, and so do their experts.
+    Whole layers lie on each of several GPUs, and so do their experts. Where sizes by layer are not
+    known, the GPUs are one tier.
     """
-    cards = machine.cards
-    fast = cards or (machine.ram,)
-    left = sum(card - _reserve(card, machine) for card in fast) - sizes.dense - sizes.cache
-    ram = machine.ram - _reserve(machine.ram, machine) if cards else left
-    # One row a token: the table can stay in host memory.
+    cards, host = machine.cards, machine.ram - _reserve(machine.ram, machine)
+    runs = split_layers(sizes.layers, machine.rooms) if cards and sizes.layers else None
+    left = (sum(machine.rooms) if cards else host) - sizes.dense - sizes.cache
+    ram = host if cards else left
+    # One row a token: the table can stay in host memory, through which it comes in any case.
     ram -= sizes.embedding
-    problem = _shortfall(sizes, machine)
     lookup_in = "ram" if sizes.lookup <= ram // 2 else "disk"
     if lookup_in == "ram":
         ram -= sizes.lookup
+    in_slots = max(0, left) // sizes.expert if sizes.expert else sizes.num_experts
+    if sizes.layers:
+        in_slots = sum(run.slots for run in runs or ())
     count, experts_in = sizes.num_experts, {"vram": 0, "ram": 0, "disk": 0}
-    for tier, room in (("vram", left if cards else 0), ("ram", ram)):
-        experts_in[tier] = min(count, max(0, room) // sizes.expert) if sizes.expert else count
-        count -= experts_in[tier]
-    experts_in["disk"] = count
+    experts_in["vram"] = min(count, in_slots if cards else 0)
+    count -= experts_in["vram"]
+    experts_in["ram"] = min(count, max(0, ram) // sizes.expert) if sizes.expert else count
+    experts_in["disk"] = count - experts_in["ram"]
     shares = [n / max(sizes.num_experts, 1) for n in experts_in.values()]
     served = dict(zip(experts_in, hits.split(shares), strict=True))
     seconds = _seconds(sizes, machine, served)
     limit = max(seconds, key=seconds.__getitem__)
     return Plan(
-        sizes, machine, experts_in, lookup_in, problem,
+        sizes, machine, experts_in, lookup_in, _shortfall(sizes, machine, runs),
         serial=1 / sum(seconds.values()), overlapped=1 / seconds[limit], limit=limit,
-        hits=hits, served=served, seconds=seconds,
+        hits=hits, served=served, seconds=seconds, runs=runs or (),
     )  # fmt: skip
 
 
@@ -267,21 +288,36 @@ def _in_ram(sizes: ModelSizes, machine: Machine) -> int:
     return sizes.embedding + sizes.expert + dense
 
 
-def _shortfall(sizes: ModelSizes, machine: Machine) -> str | None:
+def _in_vram(sizes: ModelSizes) -> int:
+    """Bytes that all GPUs together hold at least."""
+    if sizes.layers is None:
+        return sizes.dense + sizes.cache
+    return sizes.layers.fixed + 2 * sizes.layers.record
+
+
+def _shortfall(sizes: ModelSizes, machine: Machine, runs: Sequence[Run] | None) -> str | None:
     """Name the parts that do not fit, and the memory that would hold them."""
     tiers: list[tuple[str, tuple[int, ...], int]] = [
         ("RAM", (machine.ram,), _in_ram(sizes, machine))
     ]
     if machine.cards:
-        tiers.insert(0, ("VRAM", machine.cards, sizes.dense + sizes.cache))
+        tiers.insert(0, ("VRAM", machine.cards, _in_vram(sizes)))
     for tier, cards, parts in tiers:
         wanted = min(parts + len(cards) * machine.workspace, -(-8 * parts // 7))
         if sum(card - _reserve(card, machine) for card in cards) < parts:
             what = "the embedding and one expert"
             if tier == "VRAM" or not machine.cards:
                 what = "the part read for every token and its cache"
+                what += ", embedding and two experts" if machine.cards and sizes.layers else ""
             have = format_size(sum(cards))
             return f"{what} want {format_size(wanted)} of {tier}, got {have}"
+    if machine.cards and sizes.layers and runs is None:
+        told = ", ".join(map(format_size, machine.cards))
+        return (
+            f"of {len(sizes.layers.dense)} layers {layers_that_fit(sizes.layers, machine.rooms)} "
+            "fit, with their cache, two experts a GPU and working memory, on GPUs of "
+            f"{told} in this order"
+        )
     return None
 
 

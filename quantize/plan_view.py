@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .placement import Plan
-from .planning import Planned
+from .planning import Planned, load_options
 from .sizes import format_size
 
 _TIER = {"vram": "VRAM", "ram": "RAM", "disk": "disk"}
@@ -23,6 +23,8 @@ def show_plan(planned: Planned, as_json: bool) -> None:
         return
     console = Console()
     console.print(_plan_table(plan))
+    if len(plan.machine.cards) > 1 and plan.runs:
+        console.print(_card_table(plan))
     if plan.problem:
         console.print(f"does not fit: {plan.problem}")
         if planned.nearest:
@@ -36,13 +38,12 @@ def show_plan(planned: Planned, as_json: bool) -> None:
     console.print(f"rates: {', '.join(_rates(planned))}")
     for note in planned.notes:
         console.print(note)
-    options = [f'expert_memory="{plan.expert_memory}B"']
-    if plan.machine.cards and plan.experts_in["disk"] + plan.experts_in["ram"]:
-        size = plan.sizes.expert * plan.experts_in["vram"]
-        options += ['device_map="cuda"', f'expert_device_memory="{size}B"']
-    if plan.lookup_in == "disk":
-        options.append('engram_memory="256MiB"')
-    console.print(f"load with from_pretrained(..., {', '.join(options)})")
+    options = load_options(plan)
+    if len(plan.runs) > 1:
+        options["device_map"] = "what --json tells"
+    options["expert_memory"] = f"{plan.expert_memory}B"
+    told = ", ".join(f"{name}={json.dumps(value)}" for name, value in options.items())
+    console.print(f"load with from_pretrained(..., {told})", highlight=False, soft_wrap=True)
 
 
 def _shares(plan: Plan) -> str:
@@ -66,8 +67,9 @@ def _rates(planned: Planned) -> list[str]:
 def _plan_data(planned: Planned) -> dict[str, Any]:
     plan = planned.plan
     sizes, machine, notes = plan.sizes, plan.machine, planned.notes
+    parts = {name: size for name, size in vars(sizes).items() if name != "layers"}
     return {
-        "sizes": {**vars(sizes), "experts": sizes.experts, "routed_per_token": sizes.routed},
+        "sizes": {**parts, "experts": sizes.experts, "routed_per_token": sizes.routed},
         "machine": vars(machine),
         "experts_in": plan.experts_in,
         "lookup_in": plan.lookup_in,
@@ -82,6 +84,11 @@ def _plan_data(planned: Planned) -> dict[str, Any]:
         "context": planned.context,
         "measured": list(planned.measured),
         "nearest": list(planned.nearest),
+        "gpus": [
+            {**vars(run), "card": machine.numbers[run.card], "bytes": run.nbytes}
+            for run in plan.runs
+        ],
+        "load": {} if plan.problem else load_options(plan),
         **({"note": "; ".join(notes)} if notes else {}),
     }
 
@@ -93,7 +100,8 @@ def _plan_table(plan: Plan) -> Table:
         "dense, read for every token", format_size(sizes.dense), *[format_size(sizes.dense), fast]
     )
     table.add_row("cache of the context", format_size(sizes.cache), "", fast)
-    table.add_row("embedding table", format_size(sizes.embedding), "one row", "RAM")
+    with_layers = fast if sizes.layers else "RAM"
+    table.add_row("embedding table", format_size(sizes.embedding), "one row", with_layers)
     if sizes.lookup:
         table.add_row(
             "lookup tables", format_size(sizes.lookup), "some rows", _TIER[plan.lookup_in]
@@ -112,4 +120,24 @@ def _plan_table(plan: Plan) -> Table:
     ):
         if size:
             table.add_row(name, format_size(size), "", told)
+    return table
+
+
+def _card_table(plan: Plan) -> Table:
+    """What lies on each of several GPUs; what is free is for working memory."""
+    table = Table("GPU", "layers", "dense", "cache", "experts in slots", "free")
+    assert plan.sizes.layers is not None
+    count, used = plan.sizes.layers.count, {run.card: run for run in plan.runs}
+    numbers = plan.machine.numbers
+    for card, (number, size) in enumerate(zip(numbers, plan.machine.cards, strict=True)):
+        run = used.get(card)
+        if run is None:
+            table.add_row(f"{number}", "none", "", "", "", format_size(size))
+            continue
+        low, high = run.layers
+        slots = f"{run.slots} of {count * (high - low)}, {format_size(run.slot_bytes)}"
+        table.add_row(
+            f"{number}", f"{low} to {high - 1}", format_size(run.dense), format_size(run.cache),
+            slots, format_size(size - run.nbytes),
+        )  # fmt: skip
     return table

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan for this machine or a wished one: measured rates where there are some, and ways out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .layer_split import device_map
 from .machine import MachineProfile, is_wsl
 from .memory import available_memory
 from .placement import UNIFORM, HitRates, Machine, ModelSizes, Plan, place
 from .sizes import format_size, parse_size
 
 _LEAST_CONTEXT = 1024
+# Memory for the rows of Engram tables that are left on disk; out of what a plan keeps free.
+ENGRAM_ROWS = "256MiB"
 # What Windows lets its subsystem pin; not documented as a number, so a guess that errs low.
 _WSL_PINNED = 0.5
 SizesOf = Callable[[int], ModelSizes]
@@ -94,28 +97,58 @@ def _nearest(sizes_of: SizesOf, context: int, machine: Machine) -> list[str]:
         shorter //= 2
     sizes = sizes_of(context)
     for name in ("ram", "vram") if machine.cards else ("ram",):
-        size = _least(name, sizes, machine)
-        if size is not None:
-            found.append(f"--{name} {size / 1e9:.1f}GB")
+        cards = _least(name, sizes, machine)
+        if cards:
+            found.append(f"--{name} {','.join(f'{size / 1e9:.1f}GB' for size in cards)}")
     return found
 
 
-def _least(name: str, sizes: ModelSizes, machine: Machine) -> int | None:
-    """The least memory of a kind that fits, to a tenth of a GB; None if it alone is no help."""
-    step = 10**8
+def _least(name: str, sizes: ModelSizes, machine: Machine) -> tuple[int, ...]:
+    """The least memory of a kind that fits, to a tenth of a GB; () if it alone is no help.
+
+    Several GPUs grow, or shrink, in the proportion that they have.
+    """
+    step, most = 10**8, max(machine.cards, default=0)
+
+    def cards(tenths: int) -> tuple[int, ...]:
+        if name == "ram":
+            return (tenths * step,)
+        return tuple(-(-tenths * card // most) * step for card in machine.cards)
 
     def fits(tenths: int) -> bool:
-        size = tenths * step
-        other = replace(machine, ram=size) if name == "ram" else replace(machine, vram=size)
+        size = cards(tenths)
+        other = replace(machine, ram=size[0]) if name == "ram" else replace(machine, vram=size)
         return place(sizes, other).problem is None
 
     low, high = 0, 4 * 10**13 // step
     if not fits(high):
-        return None
+        return ()
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return high * step
+    return cards(high)
+
+
+def load_options(plan: Plan, devices: Sequence[int] | None = None) -> dict[str, Any]:
+    """What to give `from_pretrained` so that it loads a converted model as planned.
+
+    Args:
+        plan: one that fits.
+        devices: what torch calls each of the plan's GPUs; None is as the machine numbers them.
+    """
+    devices = plan.machine.numbers if devices is None else devices
+    options: dict[str, Any] = {"expert_memory": plan.expert_memory}
+    if plan.lookup_in == "disk":
+        options["engram_memory"] = ENGRAM_ROWS
+    if plan.runs:
+        assert plan.sizes.layers is not None
+        one = f"cuda:{devices[plan.runs[0].card]}"
+        several = device_map(plan.sizes.layers, plan.runs, devices)
+        options["device_map"] = several if len(plan.runs) > 1 else one
+        options["expert_device_memory"] = {
+            str(devices[run.card]): run.slot_bytes for run in plan.runs
+        }
+    return options
 
 
 def system_notes(plan: Plan) -> list[str]:

@@ -45,9 +45,16 @@ def run(
         str, typer.Option(help="off, auto, or guesses a pass.", rich_help_panel=_PANEL["how"])
     ] = "off",
     vram: Annotated[
-        str, typer.Option(help="GPU memory; 0 is none.", rich_help_panel=_PANEL["where"])
+        str,
+        typer.Option(
+            help="GPU memory, of each: 20GiB,20GiB; 0 is none.", rich_help_panel=_PANEL["where"]
+        ),
     ] = "",
     ram: Annotated[str, typer.Option(help="Host memory.", rich_help_panel=_PANEL["where"])] = "",
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of context at most.", rich_help_panel=_PANEL["where"]),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(help="Keeps what --file read.", rich_help_panel=_PANEL["where"]),
@@ -97,8 +104,9 @@ def run(
     if cold not in ("", "cpu", "gpu", "auto"):
         raise typer.BadParameter(f"wanted cpu, gpu or auto, got {cold!r}", param_hint="--cold")
     wishes = Wishes(
-        parse_size(ram) if ram else None, read_vram(vram) if vram else None, stats, as_json, quiet
-    )
+        parse_size(ram) if ram else None, read_vram(vram) if vram else None, stats, as_json, quiet,
+        context,
+    )  # fmt: skip
     from . import programs
 
     source = programs.look(model)

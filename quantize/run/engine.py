@@ -47,6 +47,8 @@ class Engine:
         slots: conversations whose caches are kept.
         profile: measured rates, for the statistics.
         kv_offload: where the entries of these caches lie: "cpu", or a directory.
+        context: tokens that prompt and answer may have together; None is what the model takes.
+        layer_devices: where each layer computes; None is where the model is.
     """
 
     def __init__(
@@ -56,8 +58,12 @@ class Engine:
         slots: int = 1,
         profile: MachineProfile | None = None,
         kv_offload: str | Path | None = None,
+        context: int | None = None,
+        layer_devices: Sequence[torch.device] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.profile = model, tokenizer, profile
+        self.context = context
+        self.layer_devices = layer_devices or [model.device] * model.config.num_hidden_layers
         self.reuse = Reuse(model.config, slots, kv_offload)
         self.total = RunStats()
         self._spelling = threading.Lock()
@@ -69,7 +75,8 @@ class Engine:
     @property
     def limit(self) -> int:
         """Tokens that prompt and answer may have together."""
-        return int(self.model.config.max_position_embeddings)
+        most = int(self.model.config.max_position_embeddings)
+        return most if self.context is None else min(most, self.context)
 
     @property
     def end(self) -> list[int]:

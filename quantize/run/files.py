@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from modeling_dsv4 import Dsv4Cache, Dsv4Config
 
 from .reuse import Kept
@@ -105,21 +107,20 @@ def load_cache(
     path: Path,
     config: Dsv4Config,
     ids: list[int],
-    device: object,
+    device: Sequence[torch.device] | torch.device | str,
     offload: str | Path | None = None,
 ) -> Kept | None:
-    """The cache that was kept of these ids, its entries where `offload` says, or None."""
-    import torch
+    """The cache that was kept of these ids, its entries where `offload` says, or None.
 
+    `device` as `Dsv4Cache.load` takes it.
+    """
     if not path.is_file():
         return None
-    cache = Dsv4Cache.load(path, config, torch.tensor([ids]), str(device), offload)
+    cache = Dsv4Cache.load(path, config, torch.tensor([ids]), device, offload)
     return Kept(list(ids), cache)
 
 
 def save_cache(path: Path, kept: Kept) -> None:
     """Keep it for the next time; nothing half-written is ever found there."""
-    import torch
-
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     kept.cache.save(path, torch.tensor([kept.ids]))

@@ -3,6 +3,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from operator import gt
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,18 @@ import torch
 from modeling_dsv4 import Dsv4Config
 
 from ..config import METHOD, Recipe, get_recipe
-from ..inventory import sizes_by_context
+from ..inventory import sizes_by_context, whole_sizes
+from ..layer_split import device_map, layers_that_fit, split_layers
 from ..machine import MachineProfile
-from ..placement import Machine
-from ..planning import Planned, direct_note, make_plan, this_ram, with_rates
+from ..placement import Machine, Plan
+from ..planning import Planned, direct_note, load_options, make_plan, this_ram, with_rates
 from ..sizes import format_size
 
 # Who computes experts outside of a GPU's memory: words of `--cold`, and those of from_pretrained.
 COLD = {"cpu": "host", "gpu": "device", "auto": "auto"}
 # Tokens that a plan makes room for, where the model's context is longer.
 DEFAULT_CONTEXT = 65536
-# Memory for the rows of Engram tables that are left on disk; out of what a plan keeps free.
-_ENGRAM = "256MiB"
+_CONVERT = "write its experts as packs, which can stay on disk: dsv4-quantize convert"
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,9 @@ def plan_here(
     source: Source, ram: int | None, vram: int | tuple[int, ...] | None, context: int
 ) -> Planned:
     """Where the model's parts go on the machine at hand: memory as wished, or as there is."""
-    if vram is None:
-        vram = torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else 0
-    profile = MachineProfile.load()
-    machine, measured = with_rates(Machine(this_ram(ram), vram), profile, source.directory)
+    cards, profile = cards_here(vram), MachineProfile.load()
+    wished = Machine(this_ram(ram), cards[0] if len(cards) == 1 else cards)
+    machine, measured = with_rates(wished, profile, source.directory)
 
     sizes_of = sizes_by_context(source.config, source.recipe)
     planned = make_plan(sizes_of, context, machine, measured=measured)
@@ -75,20 +75,47 @@ def plan_here(
     return replace(planned, notes=notes)
 
 
+def cards_here(vram: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Bytes of each GPU that may be used, in torch's order: as wished, or what is free."""
+    if vram is None:
+        there = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        return tuple(torch.cuda.mem_get_info(card)[0] for card in there)
+    return vram if isinstance(vram, tuple) else (vram,)
+
+
+def planned_context(source: Source, context: int | None) -> int:
+    """Tokens that memory is kept for: as wished, else what the model takes, up to a limit.
+
+    Raises:
+        ValueError: more than the model takes, or none.
+    """
+    most = source.config.max_position_embeddings
+    if context is None:
+        return min(most, DEFAULT_CONTEXT)
+    if not 1 <= context <= most:
+        raise ValueError(f"--context: wanted 1 to {most} tokens, as the model takes, got {context}")
+    return context
+
+
 def load(
-    source: Source, ram: int | None, vram: int | tuple[int, ...] | None, cold: str = ""
+    source: Source,
+    ram: int | None,
+    vram: int | tuple[int, ...] | None,
+    cold: str = "",
+    context: int | None = None,
 ) -> tuple[Any, Any]:
-    """Model and tokenizer, under budgets of memory if some are wished.
+    """Model and tokenizer, placed as `plan_here` plans it.
 
     Args:
         source: what `look` found.
         ram: bytes of host memory, None for what there is.
-        vram: of a GPU, likewise.
+        vram: of a GPU or of several, which then share the layers; None for all that there is.
         cold: where experts outside of a GPU's memory are computed, a key of `COLD`, or "".
+        context: tokens to keep memory for; None is `DEFAULT_CONTEXT`, or fewer.
 
     Raises:
-        ValueError: no tokenizer, a budget that the model does not fit into, several GPUs, or `cold`
-            without a GPU or without packed experts.
+        ValueError: no tokenizer, a budget that the model does not fit into, GPUs that are not
+            there or not free, or `cold` without a GPU or without packed experts.
         OSError: files are missing.
     """
     from transformers import AutoTokenizer
@@ -97,41 +124,108 @@ def load(
 
     if not source.directory.is_dir():
         raise ValueError(f"{source.directory}: wanted a model's directory, got a file")
-    if isinstance(vram, tuple):
-        raise ValueError("--vram: wanted one size to run, several are planned with --plan alone")
-    on_gpu = vram != 0 and torch.cuda.is_available()
-    if vram and not on_gpu:
-        raise ValueError(f"--vram: wanted a CUDA device for {format_size(vram)}, found none")
-    options: dict[str, Any] = {"device_map": "cuda:0"} if on_gpu else {}
-    if ram is not None or vram:
-        options |= _budget(source, ram, vram or 0)
+    _check_cards(vram)
+    options = place_model(source, ram, vram, planned_context(source, context))
     if cold:
-        if not on_gpu or not source.converted:
+        if "device_map" not in options or not source.converted:
             lacking = "a CUDA device" if source.converted else "a converted model"
             raise ValueError(f"--cold: wanted {lacking}: there are no experts outside of a GPU")
         options["cold_experts"] = COLD[cold]
     tokenizer = AutoTokenizer.from_pretrained(source.directory)
     model = Dsv4ForCausalLM.from_pretrained(source.directory, dtype="auto", **options)
+    drop_inner_hooks(model)
     return model.eval(), tokenizer
 
 
-def _budget(source: Source, ram: int | None, vram: int) -> dict[str, Any]:
+def place_model(
+    source: Source, ram: int | None, vram: int | tuple[int, ...] | None, context: int
+) -> dict[str, Any]:
+    """What `from_pretrained` is told: the plan's own places and sizes.
+
+    Raises:
+        ValueError: it does not fit; says by how much, and what would.
+    """
+    cards = cards_here(vram)
+    machine = Machine(0, cards)
+    devices = machine.numbers
     if source.converted:
-        context = min(source.config.max_position_embeddings, DEFAULT_CONTEXT)
-        planned = plan_here(source, ram, vram, context)
-        plan = planned.plan
-        if plan.problem:
-            ways = f"; would fit: {', or '.join(planned.nearest)}" if planned.nearest else ""
-            raise ValueError(f"{source.directory}: does not fit: {plan.problem}{ways}")
-        device = {"expert_device_memory": plan.sizes.expert * plan.experts_in["vram"]}
-        tables = {"engram_memory": _ENGRAM} if plan.lookup_in == "disk" else {}
-        return {"expert_memory": plan.expert_memory, **tables, **(device if vram else {})}
-    files = list(source.directory.glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files)
-    if size > this_ram(ram) + vram:
+        if not devices and ram is None:
+            return {}
+        return load_options(_fitting(source, plan_here(source, ram, vram, context)))
+    if len(devices) > 1:
+        return {"device_map": _split_whole(source, machine, context)}
+    if ram is not None or vram:
+        _check_files(source, this_ram(ram) + sum(cards), this_ram(ram))
+    return {"device_map": f"cuda:{devices[0]}"} if devices else {}
+
+
+def _check_cards(vram: int | tuple[int, ...] | None) -> None:
+    """Refuse GPUs that are not there, and memory that is not free."""
+    if vram is None or not any(wished := cards_here(vram)):
+        return
+    free = cards_here(None)
+    if len(wished) <= len(free) and not any(map(gt, wished, free)):
+        return
+    found = "found none"
+    if free:
+        most = ",".join(f"{size // 10**7 / 100}GB" for size in free)
+        found = f"free are {', '.join(map(format_size, free))}; would fit: --vram {most}"
+    wanted = ", ".join(map(format_size, wished))
+    raise ValueError(f"--vram: wanted a CUDA device for each of {wanted} of memory, {found}")
+
+
+def _fitting(source: Source, planned: Planned) -> Plan:
+    if planned.plan.problem:
+        ways = f"; would fit: {', or '.join(planned.nearest)}" if planned.nearest else ""
+        raise ValueError(f"{source.directory}: does not fit: {planned.plan.problem}{ways}")
+    return planned.plan
+
+
+def _split_whole(source: Source, machine: Machine, context: int) -> dict[str, int]:
+    """A `device_map` of a model whose experts are among its other weights."""
+    sizes = whole_sizes(source.config, context)
+    runs = split_layers(sizes, machine.rooms)
+    if runs is None:
+        have, fit = map(format_size, machine.cards), layers_that_fit(sizes, machine.rooms)
+        raise ValueError(
+            f"--vram: wanted room for {format_size(sizes.fixed)} beside working memory, since "
+            f"{source.directory} is loaded whole, got {', '.join(have)}: of {len(sizes.dense)} "
+            f"layers {fit} fit; {_CONVERT} {source.directory} NEW --recipe fp4"
+        )
+    return device_map(sizes, runs, machine.numbers)
+
+
+def _check_files(source: Source, room: int, ram: int) -> None:
+    size = sum(file.stat().st_size for file in source.directory.glob("*.safetensors"))
+    if size > room:
         raise ValueError(
             f"--ram: wanted at least {format_size(size)} for {source.directory}, which is loaded "
-            f"whole, got {format_size(this_ram(ram))}; write its experts as packs, which can stay "
-            f"on disk: dsv4-quantize convert {source.directory} NEW --recipe fp4"
+            f"whole, got {format_size(ram)}; {_CONVERT} {source.directory} NEW --recipe fp4"
         )
-    return {}
+
+
+def drop_inner_hooks(model: Any) -> None:
+    """Leave one hook to each part of a model that is split, of those that move inputs.
+
+    transformers gives one to every module inside as well, which costs each of them time and finds
+    nothing to move: what enters a layer is there, but for ids of tables that are read on the host,
+    and those must stay.
+    """
+    parts = getattr(model, "hf_device_map", {})
+    if len(set(parts.values())) < 2:
+        return
+    from accelerate.hooks import remove_hook_from_module
+
+    for name, module in model.named_modules():
+        for inner in module.children() if name in parts else ():
+            remove_hook_from_module(inner, recurse=True)
+
+
+def layer_devices(model: Any) -> list[torch.device]:
+    """Where each layer of a loaded model computes."""
+    return [_device_of(layer) for layer in model.model.layers]
+
+
+def _device_of(layer: torch.nn.Module) -> torch.device:
+    place = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return torch.device(next(layer.parameters()).device if place is None else place)

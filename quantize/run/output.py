@@ -26,6 +26,7 @@ class Wishes:
     stats: bool
     as_json: bool
     quiet: bool
+    context: int | None = None
 
     def note(self, text: str) -> None:
         """Say something that is not the answer."""

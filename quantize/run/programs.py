@@ -20,7 +20,7 @@ from .chat import Chat, interruptible, terminal_lines
 from .conversation import Conversations, Reply
 from .engine import Engine
 from .files import cache_path, gather, identity, load_cache, save_cache
-from .loading import DEFAULT_CONTEXT, Source, load, look, plan_here
+from .loading import Source, layer_devices, load, look, plan_here, planned_context
 from .output import Shown, Wishes, print_json, tell_sizes, write
 from .reuse import Kept
 from .settings import Settings
@@ -53,8 +53,11 @@ def open_engine(
     transformers.utils.logging.disable_progress_bar()
     check_offload(kv_offload, None)
     wishes.note(f"loading {source.directory}")
-    model, tokenizer = load(source, wishes.ram, wishes.vram, cold)
-    return Engine(model, tokenizer, slots, MachineProfile.load(), kv_offload)
+    model, tokenizer = load(source, wishes.ram, wishes.vram, cold, wishes.context)
+    return Engine(
+        model, tokenizer, slots, MachineProfile.load(), kv_offload, wishes.context,
+        layer_devices(model),
+    )  # fmt: skip
 
 
 def one_shot(
@@ -135,8 +138,8 @@ def _cached(engine: Engine, source: Source, folder: Path | None, ids: list[int])
         return None
     name = identity(source.directory, engine.model.dtype)
     path = cache_path(folder, name, ids)
-    config, device = engine.model.config, engine.model.device
-    kept = load_cache(path, config, ids, device, engine.reuse.offload)
+    config = engine.model.config
+    kept = load_cache(path, config, ids, engine.layer_devices, engine.reuse.offload)
     fresh = kept is None
     if kept is None:
         kept = Kept([], engine.reuse.take([]).cache)
@@ -194,7 +197,7 @@ def chat(engine: Engine, settings: Settings, asked: Question, wishes: Wishes) ->
 
 def show_plan(source: Source, wishes: Wishes) -> None:
     """What fits where on this machine."""
-    context = min(source.config.max_position_embeddings, DEFAULT_CONTEXT)
+    context = planned_context(source, wishes.context)
     if not source.converted:
         wishes.note("its experts are no packs: planned as a conversion to fp4")
     planned = plan_here(source, wishes.ram, wishes.vram, context)

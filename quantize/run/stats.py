@@ -25,6 +25,7 @@ class RunStats:
         counts: what `model.stats()` grew by; keys that a model does not count are missing.
         layer_waits: seconds that each layer waited for its experts.
         measured: rates of this machine, bytes/s by link, where it was calibrated.
+        devices: of each GPU with slots its name, "slot_bytes", and what it counted.
     """
 
     answers: int = 0
@@ -36,6 +37,7 @@ class RunStats:
     counts: dict[str, float] = field(default_factory=dict)
     layer_waits: list[float] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
+    devices: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, other: "RunStats") -> None:
         """Add another's sums to these."""
@@ -50,6 +52,10 @@ class RunStats:
         mine, more = (x + [0.0] * (longest - len(x)) for x in (self.layer_waits, other.layer_waits))
         self.layer_waits = [a + b for a, b in zip(mine, more, strict=True)]
         self.measured = other.measured or self.measured
+        if self.devices and other.devices:
+            pairs = zip(self.devices, other.devices, strict=True)
+            self.devices = [_grown(mine, more, 1) for mine, more in pairs]
+        self.devices = self.devices or other.devices
 
     @property
     def read_tokens(self) -> int:
@@ -132,6 +138,12 @@ class RunStats:
             known = self.measured.get(link)
             of = f", {rate / known:.0%} of {format_size(known)}/s measured" if known else ""
             table.add_row(f"{link}, achieved", f"{format_size(rate)}/s{of}")
+        for device in self.devices if len(self.devices) > 1 else ():
+            copied = _ratio(device["device_bytes_copied"], self.read_tokens + self.new_tokens)
+            table.add_row(
+                f"slots of {device['device']}, {format_size(device['slot_bytes'])}",
+                f"{device['device_hits']} uses served, {format_size(copied)} copied per token",
+            )
         waited = self.counts.get("wait_seconds", 0)
         if waited:
             table.add_row("waited for experts", format_time(waited))
@@ -147,6 +159,7 @@ class Meter:
     def __init__(self, model: Any, profile: MachineProfile | None = None) -> None:
         self.model, self.profile = model, profile
         self._counts, self._waits = self._read()
+        self._devices = _device_counts(model)
 
     def _read(self) -> tuple[dict[str, float], list[float]]:
         counts = {k: v for k, v in self.model.stats().items() if isinstance(v, int | float)}
@@ -156,12 +169,29 @@ class Meter:
         """What has been counted since this meter was made."""
         counts, waits = self._read()
         grown = {k: v - (0 if k in _LEVELS else self._counts.get(k, 0)) for k, v in counts.items()}
+        devices = zip(_device_counts(self.model), self._devices, strict=True)
         before = self._waits + [0.0] * (len(waits) - len(self._waits))
         return RunStats(
             counts=grown,
             layer_waits=[now - then for now, then in zip(waits, before, strict=True)],
             measured=self.profile.links() if self.profile else {},
+            devices=[_grown(now, then, -1) for now, then in devices],
         )
+
+
+def _device_counts(model: Any) -> list[dict[str, Any]]:
+    """What each GPU's slots have counted so far, in the order of their layers."""
+    tiers = {id(t): t for m in model.modules() if (t := getattr(m, "tier", None)) is not None}
+    return [
+        {"device": str(tier.device), "slot_bytes": tier.resident_bytes, **tier.stats()}
+        for tier in tiers.values()
+    ]
+
+
+def _grown(now: dict[str, Any], then: dict[str, Any], sign: int) -> dict[str, Any]:
+    """Counts of `now` with those of `then` added or taken off; names and sizes as they are."""
+    fixed = ("device", "slot_bytes")
+    return {k: v if k in fixed else v + sign * then[k] for k, v in now.items()}
 
 
 def layer_waits(model: Any) -> list[float]:

@@ -1,26 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers on two devices: what one computes is on its own, and the answer is that of one device.
 
-No machine with two GPUs is needed: "cpu:1" is a name that torch takes, and the memory is one. A
-dispatch mode notes which tensors lie where, and which operations mix the two, as no GPU would.
+No machine with two GPUs is needed: "cpu:1" is a name that torch takes, and the memory is one. One
+mode lets tensors tell the device where they were put, another notes which operations mix the two,
+as no GPU would.
 """
 
+import copy
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate import dispatch_model
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoTokenizer
 
 from modeling_dsv4 import Dsv4Cache, Dsv4Config, Dsv4ForCausalLM, formats, rotary
+from modeling_dsv4.blocks import Pass
+from modeling_dsv4.segments import RowState, find_segments
+from quantize import hf_quantizer
+from quantize.config import get_recipe
+from quantize.convert import convert
+from quantize.planning import load_options
+from quantize.run import Engine, Settings
+from quantize.run import loading as run_loading
+from quantize.run.files import load_cache, save_cache
 
-# Tensors of both say "cpu"; a move to either makes a copy.
+# Tensors of both are in host memory; a move to either makes a copy.
 FIRST, SECOND = torch.device("cpu", 2), torch.device("cpu", 1)
 # What is copied may lie elsewhere.
 _ANYWHERE = {torch.ops.aten.copy_.default}
+NANO = Path(__file__).parents[2] / "models" / "nano-v41"
 
 
 class TwoDevices(TorchDispatchMode):
@@ -32,12 +48,17 @@ class TwoDevices(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         # Kept alive: freed memory may be given to another tensor.
-        self.known: dict[int, tuple[torch.device, torch.Tensor]] = {}
+        self.known: dict[int, tuple[torch.device, torch.UntypedStorage]] = {}
         self.mixed: set[str] = set()
 
     def put(self, tensor: torch.Tensor, device: torch.device) -> None:
         if tensor.numel():
-            self.known[tensor.untyped_storage().data_ptr()] = device, tensor
+            storage = tensor.untyped_storage()
+            self.known[storage.data_ptr()] = device, storage
+
+    def place(self, tensor: torch.Tensor) -> torch.device | None:
+        found = self.known.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+        return None if found is None else found[0]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -45,13 +66,12 @@ class TwoDevices(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         # A number without axes may come from anywhere.
-        places = (x.untyped_storage().data_ptr() for x in given if x.dim() and x.numel())
-        sides = {self.known[place][0] for place in places if place in self.known}
+        sides = {side for x in given if x.dim() and (side := self.place(x))}
         device = kwargs.get("device")
         device = device if device in (FIRST, SECOND) else None
         if len(sides) > 1 and func not in _ANYWHERE:
             # Where, for whoever has to mend it.
-            frames = [f for f in traceback.extract_stack() if "modeling_dsv4" in f.filename]
+            frames = [f for f in traceback.extract_stack() if "_dsv4" in f.filename]
             self.mixed.add(f"{func} at {frames[-1].filename}:{frames[-1].lineno}")
         out = func(*args, **kwargs)
         if len(sides) == 1:
@@ -67,47 +87,235 @@ class TwoDevices(TorchDispatchMode):
         return out
 
 
-@torch.no_grad()
-def answer(model: Dsv4ForCausalLM, storage: str, devices: TwoDevices | None = None) -> torch.Tensor:
-    """Logits of a prompt and of tokens behind it."""
-    cache = Dsv4Cache(model.config, storage=storage)
-    ids = torch.arange(3, 75).view(2, 36)
-    if devices is not None:
-        devices.put(ids, FIRST)
-    logits = [model(ids[:, :32], past_key_values=cache).logits]
-    logits += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in (32, 33, 34)]
-    return torch.cat(logits, 1)
+class Truthful(TorchFunctionMode):
+    """Lets tensors say where they lie."""
+
+    def __init__(self, devices: TwoDevices) -> None:
+        super().__init__()
+        self.devices = devices
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func == torch.Tensor.device.__get__ and out.type == "cpu":
+            return self.devices.place(args[0]) or out
+        if func == torch.Tensor.__deepcopy__ and (side := self.devices.place(args[0])):
+            self.devices.put(out, side)
+        return out
 
 
-@pytest.mark.parametrize(
-    ("name", "storage"), [("v4_b_bf16_mtp", "plain"), ("v41_a_bf16", "packed")]
-)
-def test_layers_on_two_devices_answer_as_on_one(
-    golden_dir: Path, name: str, storage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     # Kept by device, which here is one.
     for module, function in ((rotary, "_held_frequencies"), (formats, "_byte_table")):
         monkeypatch.setattr(module, function, getattr(module, function).__wrapped__)
+
+    @contextmanager
+    def enter() -> Iterator[TwoDevices]:
+        found = TwoDevices()
+        with found, Truthful(found), torch.no_grad():
+            yield found
+        assert not found.mixed, "\n".join(sorted(found.mixed))
+
+    return enter
+
+
+def split(model: Dsv4ForCausalLM, devices: TwoDevices, scattered: bool) -> None:
+    """Embedding on the first, head on the second; layers in two runs, or `scattered` in turns."""
+    names = [name for name, _ in model.model.named_children() if name != "layers"]
+    places = {f"model.{name}": FIRST for name in names}
+    count = len(model.model.layers)
+    for i in range(count):
+        beyond = i % 2 if scattered else 2 * i >= count
+        places[f"model.layers.{i}"] = SECOND if beyond else FIRST
+    last = {"model.hc_head", "model.norm", "lm_head", "mtp"}
+    places |= dict.fromkeys(last & {name for name, _ in model.named_modules()}, SECOND)
+    for name, device in places.items():
+        module = model.get_submodule(name)
+        for tensor in (*module.parameters(), *module.buffers()):
+            devices.put(tensor, device)
+    skipped = ["past_key_values"]
+    dispatch_model(model, places, main_device=FIRST, skip_keys=skipped)
+
+
+def read(model: Any, cache: Dsv4Cache, low: int, *columns: int, **more: Any) -> list[torch.Tensor]:
+    """Logits of the ids from column `low` on, in passes of so many columns."""
+    ids, out = torch.arange(3, 75, device=model.device).view(2, 36), []
+    for n in columns:
+        part = {name: x[:, : low + n] for name, x in more.items()}
+        out.append(model(ids[:, low : low + n], past_key_values=cache, **part).logits)
+        low += n
+    return out
+
+
+def plain(model: Any, folder: Path) -> list[torch.Tensor]:
+    return read(model, Dsv4Cache(model.config), 0, 32, 1, 1)
+
+
+def packed(model: Any, folder: Path) -> list[torch.Tensor]:
+    return read(model, Dsv4Cache(model.config, storage="packed"), 0, 32, 1, 1)
+
+
+def padded(model: Any, folder: Path) -> list[torch.Tensor]:
+    mask = torch.ones(2, 36, dtype=torch.long)
+    mask[0, :5] = 0
+    return read(model, Dsv4Cache(model.config), 0, 32, 1, attention_mask=mask)
+
+
+def static(model: Any, folder: Path) -> list[torch.Tensor]:
+    return read(model, Dsv4Cache(model.config, max_length=40), 0, 32, 1)
+
+
+def offloaded(model: Any, folder: Path) -> list[torch.Tensor]:
+    caches = (Dsv4Cache(model.config, offload=place) for place in ("cpu", folder / "kv"))
+    return [x for cache in caches for x in read(model, cache, 0, 32, 1)]
+
+
+def taken_back(model: Any, folder: Path) -> list[torch.Tensor]:
+    cache = Dsv4Cache(model.config)
+    out = read(model, cache, 0, 32)
+    cache.crop(-3)
+    out += read(model, cache, 29, 2)
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    other = copy.deepcopy(cache, {id(cache.config): cache.config})
+    cache.rewind(torch.tensor([1, 2]))
+    return out + read(model, other, 31, 1) + read(model, cache, 31, 1)
+
+
+def saved(model: Any, folder: Path) -> list[torch.Tensor]:
+    cache = Dsv4Cache(model.config)
+    out = read(model, cache, 0, 32)
+    cache.save(folder / "cache")
+    places = run_loading.layer_devices(model)
+    cache = Dsv4Cache.load(folder / "cache", model.config, device=places)
+    return out + read(model, cache, 32, 1)
+
+
+def drafted(model: Any, folder: Path) -> list[torch.Tensor]:
+    ids = torch.arange(3, 75, device=model.device).view(2, 36)
+    wish = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    return [model.generate(ids, draft=2, **wish)]
+
+
+WAYS = (plain, packed, padded, static, offloaded, taken_back, saved, drafted)
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["runs", "scattered"])
+@pytest.mark.parametrize("name", ["v4_b_bf16_mtp", "v41_a_bf16"])
+def test_layers_on_two_devices_answer_as_on_one(
+    golden_dir: Path, name: str, scattered: bool, devices: Callable[[], Any], tmp_path: Path
+) -> None:
     config = Dsv4Config.from_json_file(golden_dir / name / "config.json")
-    model, devices = Dsv4ForCausalLM(config).eval(), TwoDevices()
+    model = Dsv4ForCausalLM(config).eval()
     if config.engram_layer_ids:
         used = config.engram_compressed_vocab_size
         model.set_engram_token_map(torch.arange(config.vocab_size) % used)
-    wanted = answer(model, storage)
-    layers = model.model.layers
-    for tensor in (*model.parameters(), *model.buffers()):
-        devices.put(tensor, FIRST)
-    for i, layer in enumerate(layers):
-        # In turns, so that what one layer leaves for another crosses over. Hash layers look up ids
-        # at the entry of a pass, moved to a device that is told apart by its name alone.
-        place = SECOND if i % 2 and not layer.mlp.gate.hashed else FIRST
-        for tensor in (*layer.parameters(), *layer.buffers()):
-            devices.put(tensor, place)
-        add_hook_to_module(layer, AlignDevicesHook(execution_device=place))
-    for module in (model.model.hc_head, model.model.norm, model.lm_head):
-        if module is not None:
-            add_hook_to_module(module, AlignDevicesHook(execution_device=FIRST))
-    with devices:
-        found = answer(model, storage, devices)
-    assert not devices.mixed, "\n".join(sorted(devices.mixed))
-    assert torch.equal(found, wanted)
+    ways = WAYS[:1] if scattered else WAYS
+    with torch.no_grad():
+        wanted = [way(model, tmp_path) for way in ways]
+    with devices() as two:
+        split(model, two, scattered)
+        found = [way(model, tmp_path) for way in ways]
+    for way, want, got in zip(ways, wanted, found, strict=True):
+        assert all(map(torch.equal, want, got)), way.__name__
+
+
+def test_entries_that_a_layer_makes_itself_are_not_handed_to_it(tiny: Callable[..., Any]) -> None:
+    handed: dict[int, Any] = {}
+    for kind in ("v4", "v41"):
+        model = tiny(kind)
+        for i, layer in enumerate(model.model.layers):
+            layer.register_forward_pre_hook(lambda _, args, i=i: handed.update({i: args[2]}))
+        with torch.no_grad():
+            model(torch.arange(3, 35)[None])
+        sources = model.config.kv_source_layer_ids
+        readers = [i for i in handed if handed[i] is not None]
+        layers = range(sources[0] + 1, len(handed))
+        assert readers == [i for i in layers if i not in sources]
+    assert readers
+
+
+def test_rows_that_wait_on_the_host_stay_there(devices: Callable[[], Any]) -> None:
+    with devices() as two:
+        ids = torch.arange(4, device=FIRST)[None]
+        state = RowState.empty(1, FIRST)
+        told = Pass(find_segments((1, 4), state), {}, ids, engram_rows=torch.zeros(1, 1, 4, 2))
+        assert told.to(SECOND).engram_rows is told.engram_rows
+        two.put(told.engram_rows, FIRST)
+        told.moved.clear()
+        assert told.to(SECOND).engram_rows.device == SECOND
+
+
+def test_a_step_that_is_made_once_wants_all_layers_on_one_device(tiny: Callable[..., Any]) -> None:
+    model = tiny("v4")
+    model.model.layers[-1].to("meta")
+    for mode in ("compiled", "captured"):
+        with pytest.raises(ValueError, match="all layers on one device, got cpu, meta; load"):
+            model.set_step(mode)
+    model.set_step("eager")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(NANO, tmp_path_factory.mktemp("nano") / "fp4", get_recipe("fp4"))
+
+
+def test_the_engine_answers_from_two_gpus_as_planned(
+    converted: Path, devices: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    one = Engine(Dsv4ForCausalLM.from_pretrained(converted, dtype="auto").eval(), tokenizer)
+    ids = one.encode("<bos>The Congress of the United States has shown")
+    greedy, drafting = (
+        Settings(max_new_tokens=5, temperature=0, draft=draft) for draft in (None, 2)
+    )
+    wanted = one.answer(ids, greedy).ids
+    source = run_loading.look(converted)
+    plan = run_loading.plan_here(source, 64 * 10**6, (5 * 10**6, 7 * 10**6), 512).plan
+    assert [run.layers for run in plan.runs] == [(0, 3), (3, 6)]
+    monkeypatch.setattr(hf_quantizer, "_has_slots", lambda device: device in (FIRST, SECOND))
+    with devices() as two:
+        options = load_options(plan, (FIRST.index, SECOND.index))
+        numbers = options["device_map"].items()
+        options["device_map"] = {name: torch.device("cpu", at) for name, at in numbers}
+        model = Dsv4ForCausalLM.from_pretrained(converted, dtype="auto", **options).eval()
+        run_loading.drop_inner_hooks(model)
+        places = run_loading.layer_devices(model)
+        assert places == [FIRST] * 3 + [SECOND] * 3
+        hooked = {name for name, module in model.named_modules() if hasattr(module, "_hf_hook")}
+        assert hooked == {"", *model.hf_device_map}
+        engine = Engine(model, tokenizer, layer_devices=places)
+        answer = engine.answer(ids, greedy)
+        assert answer.ids == wanted
+        assert engine.answer(ids[:-1], drafting).ids == one.answer(ids[:-1], drafting).ids
+        kept = engine.reuse.take([*ids[:-1], 5])
+        save_cache(tmp_path / "kept", kept)
+        engine.reuse.clear()
+        loaded = load_cache(tmp_path / "kept", model.config, kept.ids, engine.layer_devices)
+        assert loaded is not None
+        engine.reuse.keep(loaded)
+        again = engine.answer(ids, greedy)
+        assert again.ids == wanted and again.stats.reused_tokens == len(ids) - 1
+        held = held_by(model, two)
+    for device, run, told in zip((FIRST, SECOND), plan.runs, answer.stats.devices, strict=True):
+        assert told["device"] == str(device)
+        assert told["slot_bytes"] == run.slot_bytes
+        assert told["device_copies"] > 0
+        assert held[device] == pytest.approx(run.dense, rel=1e-4)
+    hits = [stats.devices[1]["device_hits"] for stats in (answer.stats, again.stats, engine.total)]
+    assert hits[2] > hits[0] + hits[1] > 0
+    rows = [str(cell) for cell in engine.total.table().columns[0].cells]
+    assert [row.split(",")[0] for row in rows if "slots" in row] == [
+        "slots of cpu:2",
+        "slots of cpu:1",
+    ]
+
+
+def held_by(model: Any, devices: TwoDevices) -> dict[torch.device, int]:
+    """Bytes of a model's tensors on each, but for records of experts and Engram tables."""
+    held = {FIRST: 0, SECOND: 0}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not name.endswith("packed"):
+            held[devices.place(tensor) or FIRST] += tensor.nbytes
+    return held

@@ -15,7 +15,7 @@ from torch import nn
 
 from . import ops
 from .configuration_dsv4 import Dsv4Config
-from .formats import WeightFormat
+from .formats import WeightFormat, simulate_fp8
 from .kernel_choice import use_triton
 from .precision import Float32Parameters
 
@@ -36,6 +36,15 @@ class StackedWeight(NamedTuple):
     def rows(self) -> int:
         """Outputs of one expert."""
         return self.parts[""].shape[1]
+
+
+class Fp8Inputs(NamedTuple):
+    """Rounds inputs [..., C] to FP8, one scale for `group` channels; kernels know it as well."""
+
+    group: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return simulate_fp8(x, self.group)
 
 
 class ExpertsBase(nn.Module):
@@ -121,7 +130,8 @@ class ExpertsBase(nn.Module):
         # Experts that another process holds: kernels read the first one, which then counts nothing.
         here = index < self.num_experts
         index, weights = torch.where(here, index, 0), weights * here
-        return launcher.run(x, index, weights, gate_up, down, self.swiglu_limit)
+        group = self.input_group(x)
+        return launcher.run(x, index, weights, gate_up, down, self.swiglu_limit, group)
 
     def grouped(self, x: torch.Tensor, index: torch.Tensor) -> tuple[Linear, Linear] | None:
         """Both projections of sorted rows by kernels, or None where they do not compute this.
@@ -130,15 +140,33 @@ class ExpertsBase(nn.Module):
             x: [M, D], the rows of `ops.group_by_expert`; the products take rows in that order.
             index: [n, K], what was sorted.
         """
-        found = self._for_kernels(x)
+        # Between these two products others add, and would have to round as well.
+        found = None if self.round_input is not None else self._for_kernels(x)
         if found is None:
             return None
         launcher, gate_up, down = found
         return launcher.grouped(index, gate_up, down)
 
+    def input_group(self, x: torch.Tensor) -> int | None:
+        """Channels of x that share a scale, if inputs are rounded to FP8; 0 if they are not.
+
+        None where kernels do not round as the reference does.
+        """
+        if self.round_input is None:
+            return 0
+        # Kernels would cast first, and round then.
+        cast = torch.is_autocast_enabled(x.device.type)
+        if cast or not isinstance(self.round_input, Fp8Inputs):
+            return None
+        group = self.round_input.group
+        # A row of another length is the reference's to refuse.
+        known = group in (32, 64, 128)
+        whole = self.hidden_size % group == self.intermediate_size % group == 0
+        return group if known and whole else None
+
     def _for_kernels(self, x: torch.Tensor) -> tuple[Any, StackedWeight, StackedWeight] | None:
         """What launches kernels and both weights, if any compute with them and with x."""
-        if self.round_input is not None or not use_triton(self.kernels, x):
+        if self.input_group(x) is None or not use_triton(self.kernels, x):
             return None
         stacked = self.stacked()
         if stacked is None:

@@ -23,7 +23,7 @@ from .attention import Dsv4Attention
 from .configuration_dsv4 import Dsv4Config
 from .formats import hadamard, simulate_fp4, simulate_fp4_e4m3, simulate_fp8
 from .indexer import Indexer
-from .moe import Dsv4Experts, ExpertsBase
+from .moe import Dsv4Experts, ExpertsBase, Fp8Inputs
 from .storage import Fp8Linear
 
 MODES = ("off", "official")
@@ -49,8 +49,9 @@ class Rounding:
             return cls(128, 64, config.qk_rope_head_dim, False, config.index_hadamard)
         return cls(32, 32, 0, True, config.index_hadamard)
 
-    def activation(self, x: torch.Tensor) -> torch.Tensor:
-        return simulate_fp8(x, self.activation_group)
+    @property
+    def activation(self) -> Fp8Inputs:
+        return Fp8Inputs(self.activation_group)
 
     def key(self, k: torch.Tensor) -> torch.Tensor:
         rounded = k.shape[-1] - self.plain_channels

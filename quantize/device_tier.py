@@ -343,8 +343,8 @@ def _by_kernel(
     y: torch.Tensor,
     k: int,
 ) -> bool:
-    layout = module.layout.uniform
-    if layout is None or not use_triton(module.kernels, x):
+    layout, group = module.layout.uniform, module.input_group(x)
+    if layout is None or group is None or not use_triton(module.kernels, x):
         return False
     from modeling_dsv4.kernels import expert_plan
 
@@ -357,7 +357,7 @@ def _by_kernel(
     part = expert_plan.Part(
         _joined(pairs, y.device), [len(p) for p in pairs], wave.slots, module.num_experts, k
     )
-    launcher.run_part(x, weights, part, *stacked, module.swiglu_limit, y)
+    launcher.run_part(x, weights, part, *stacked, module.swiglu_limit, y, group)
     return True
 
 

@@ -115,7 +115,7 @@ class StoredExperts(ExpertsBase):
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
     def _in_slots(self, x: torch.Tensor, weights: torch.Tensor) -> bool:
-        if self.tier is None or x.device != self.tier.device or self.round_input is not None:
+        if self.tier is None or x.device != self.tier.device:
             return False
         return not (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad))
 

@@ -8,6 +8,8 @@ Grid: row tiles x column tiles, the latter fastest. A row tile is up to BLOCK_M 
 expert; `tiles` [T, 3] (expert, first row, end) was made on the device, and tiles beyond the last
 name an expert that does not exist. Products are computed transposed, [weights, tokens]: so the
 opened weights are the operand that may stay in registers. bfloat16 or float32 in, float32 added up.
+Inputs are numbers, or E4M3 codes (`rounding.py`) that open like weights: exactly, into what products
+work in. SPAN is how many of a weight's codes meet one of their scales, 0 for numbers.
 
 FP4 opens as even and odd columns, so what meets its columns is stored *split*: the even columns,
 then the odd ones. Where W2 is FP4, rows of W1 and W3 are walked in that order as well, so that u, h
@@ -51,15 +53,21 @@ def grad_rows(
 @triton.jit
 def store_inner(
     gate, up, weight, pair, row, here, j, u, h, F, limit,
-    CLAMP: tl.constexpr, SAVE: tl.constexpr,
+    CLAMP: tl.constexpr, SAVE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """u = silu(clamp(gate)) * clamp(up) * weight of sorted rows, and h before that with SAVE."""
+    """u = silu(clamp(gate)) * clamp(up) * weight of sorted rows, and h before that with SAVE.
+
+    With NARROW h is rounded to u's type first, as the release does.
+    """
     inside = (j < F)[:, None] & here[None, :]
     wide = row.to(tl.int64)[None, :] * F + j[:, None]
     if SAVE:
         h_at = h + wide + row.to(tl.int64)[None, :] * F
         tl.store(h_at, gate, mask=inside)
         tl.store(h_at + F, up, mask=inside)
+    if NARROW:
+        gate = gate.to(u.dtype.element_ty).to(tl.float32)
+        up = up.to(u.dtype.element_ty).to(tl.float32)
     if CLAMP:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
@@ -160,6 +168,39 @@ def columns_of(x, start, WIDTH, BLOCK: tl.constexpr, EVEN: tl.constexpr, DTYPE: 
 
 
 @triton.jit
+def inputs_at(x, s, row, x_row, WIDTH, SPAN: tl.constexpr):
+    """Pointers [1, M] to rows of inputs, and to their scales; those are x again without SPAN."""
+    x += (row * x_row)[None, :]
+    if SPAN > 0:
+        scale = s + (row * (WIDTH // SPAN))[None, :]
+    else:
+        scale = x
+    return x, scale
+
+
+@triton.jit
+def inputs_of(
+    x, s, start, WIDTH, SPAN: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """`columns_of` rows at `inputs_at`, opened where they are codes."""
+    if SPAN == 0:
+        return columns_of(x, start, WIDTH, BLOCK, EVEN, DTYPE)
+    else:
+        column = (start + tl.arange(0, BLOCK))[:, None]
+        code = load_inside(x + column, column < WIDTH, EVEN)
+        STEP: tl.constexpr = SPAN if SPAN < BLOCK else BLOCK
+        first = (start + tl.arange(0, BLOCK // STEP) * STEP)[:, None]
+        byte = load_inside(s + first // SPAN, first < WIDTH, EVEN)
+        if STEP == BLOCK:
+            scale = tl.broadcast_to(byte, code.shape)
+        else:
+            wide = tl.broadcast_to(byte[:, None, :], (BLOCK // STEP, STEP, code.shape[1]))
+            scale = tl.reshape(wide, code.shape)
+        return fp8_tile(code, scale, DTYPE)
+
+
+@triton.jit
 def _add_product(
     acc, w, s, rows, half_rows, start, WIDTH, scale_columns, x_even, x_odd,
     FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
@@ -179,9 +220,10 @@ def _add_product(
 
 @triton.jit
 def gate_up_gemm(
-    x, weight, order, tiles, w, s, u, h,
+    x, xs, weight, order, tiles, w, s, u, h,
     EXPERTS, F, WIDTH, scale_columns, w_expert, s_expert, x_row, limit,
-    TOP_K: tl.constexpr, CLAMP: tl.constexpr, SAVE: tl.constexpr, SPLIT_ROWS: tl.constexpr,
+    TOP_K: tl.constexpr, CLAMP: tl.constexpr, SAVE: tl.constexpr, NARROW: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr, SPAN: tl.constexpr,
     FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr, ASM: tl.constexpr,
@@ -195,14 +237,14 @@ def gate_up_gemm(
     rows = _weight_row(tl.minimum(j, F - 1), F, SPLIT_ROWS)
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
-    x_at = x + ((pair // TOP_K).to(tl.int64) * x_row)[None, :]
+    x_at, xs_at = inputs_at(x, xs, (pair // TOP_K).to(tl.int64), x_row, WIDTH, SPAN)
     gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, WIDTH, BLOCK_K):
-        x_even = columns_of(x_at, start, WIDTH, BLOCK_K, EVEN, DTYPE)
+        x_even = inputs_of(x_at, xs_at, start, WIDTH, SPAN, BLOCK_K, EVEN, DTYPE)
         x_odd = x_even
         if FORMAT == FP4:
-            x_odd = columns_of(x_at + WIDTH, start, WIDTH, BLOCK_K, EVEN, DTYPE)
+            x_odd = inputs_of(x_at + WIDTH, xs_at, start, WIDTH, SPAN, BLOCK_K, EVEN, DTYPE)
         gate = _add_product(
             gate, w, s, rows, F, start, WIDTH, scale_columns, x_even, x_odd,
             FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, EVEN, DTYPE, ASM,
@@ -211,14 +253,14 @@ def gate_up_gemm(
             up, w, s, rows + F, F, start, WIDTH, scale_columns, x_even, x_odd,
             FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_K, EVEN, DTYPE, ASM,
         )  # fmt: skip
-    store_inner(gate, up, weight, pair, row, here, j, u, h, F, limit, CLAMP, SAVE)
+    store_inner(gate, up, weight, pair, row, here, j, u, h, F, limit, CLAMP, SAVE, NARROW)
 
 
 @triton.jit
 def linear_gemm(
-    x, order, tiles, w, s, y,
+    x, xs, order, tiles, w, s, y,
     EXPERTS, OUT, WIDTH, scale_columns, w_expert, s_expert, half_rows, x_row,
-    SCATTER: tl.constexpr,
+    SCATTER: tl.constexpr, SPAN: tl.constexpr,
     FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr, ASM: tl.constexpr,
@@ -233,13 +275,13 @@ def linear_gemm(
     rows = tl.minimum(out, OUT - 1)
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
-    x_at = x + (tl.minimum(row, end - 1).to(tl.int64) * x_row)[None, :]
+    x_at, xs_at = inputs_at(x, xs, tl.minimum(row, end - 1).to(tl.int64), x_row, WIDTH, SPAN)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, WIDTH, BLOCK_K):
-        x_even = columns_of(x_at, start, WIDTH, BLOCK_K, EVEN, DTYPE)
+        x_even = inputs_of(x_at, xs_at, start, WIDTH, SPAN, BLOCK_K, EVEN, DTYPE)
         x_odd = x_even
         if FORMAT == FP4:
-            x_odd = columns_of(x_at + WIDTH, start, WIDTH, BLOCK_K, EVEN, DTYPE)
+            x_odd = inputs_of(x_at + WIDTH, xs_at, start, WIDTH, SPAN, BLOCK_K, EVEN, DTYPE)
         acc = _add_product(
             acc, w, s, rows, half_rows, start, WIDTH, scale_columns,
             x_even, x_odd,

@@ -11,13 +11,14 @@ last sum and x arrives where it is needed. Everything is float32 in registers; i
 device, so nothing waits for the host. Rows and codes beyond the end are masked to zero.
 
 Packed codes are read as words of eight (FP4) or four (FP8). What meets them is stored in *pieces*:
-the numbers at place 0 of all words, then those at place 1, and so on.
+the numbers at place 0 of all words, then those at place 1, and so on. Inputs are such numbers, or
+E4M3 codes of them (`rounding.py`) with a scale for SPAN of a weight's codes; 0 for numbers.
 """
 
 import triton
 import triton.language as tl
 
-from .unpack import E2M1_FACTOR, E4M3_FACTOR, FP4, GROUP, PLAIN, e8m0, scale_row
+from .unpack import E2M1_FACTOR, E4M3_FACTOR, FP4, GROUP, PLAIN, e4m3, e8m0, scale_row
 
 # Bits of codes are values over 2^126 or 2^120: activations are raised, so that no product is
 # subnormal.
@@ -25,8 +26,21 @@ _RAISE = tl.constexpr(2.0**64)
 
 
 @triton.jit
-def _word_products(w, line, keep, x, start, WIDTH, FORMAT: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Sums of the products of four words, before their scale: [BLOCK_N, BLOCK_G]."""
+def numbers_at(x, inside, SPAN: tl.constexpr):
+    """Inputs as float32, those of codes before their scale."""
+    if SPAN > 0:
+        value = e4m3(tl.load(x, mask=inside, other=0)) * E4M3_FACTOR
+    else:
+        value = tl.load(x, mask=inside, other=0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _word_products(
+    w, line, keep, x, start, WIDTH,
+    FORMAT: tl.constexpr, SPAN: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Sums of the products of four words, before their scales: [BLOCK_N, BLOCK_G]."""
     PAIRS: tl.constexpr = 4 if FORMAT == FP4 else 2
     BITS: tl.constexpr = 16 // PAIRS
     words = WIDTH // 4
@@ -45,9 +59,8 @@ def _word_products(w, line, keep, x, start, WIDTH, FORMAT: tl.constexpr, BLOCK_G
             bits = (moved & 0x80008000) | ((moved >> 6) & 0x01C001C0)
         else:
             bits = (moved & 0x80008000) | ((moved >> 4) & 0x07F007F0)
-        low = tl.load(x + place * words + at, mask=inside, other=0)
-        high = tl.load(x + (place + PAIRS) * words + at, mask=inside, other=0)
-        low, high = low.to(tl.float32) * _RAISE, high.to(tl.float32) * _RAISE
+        low = numbers_at(x + place * words + at, inside, SPAN) * _RAISE
+        high = numbers_at(x + (place + PAIRS) * words + at, inside, SPAN) * _RAISE
         total += (bits << 16).to(tl.float32, bitcast=True) * low[None]
         total += (bits & 0xFFFF0000).to(tl.float32, bitcast=True) * high[None]
     factor: tl.constexpr = E2M1_FACTOR if FORMAT == FP4 else E4M3_FACTOR
@@ -55,15 +68,24 @@ def _word_products(w, line, keep, x, start, WIDTH, FORMAT: tl.constexpr, BLOCK_G
 
 
 @triton.jit
-def _plain_products(w, line, keep, x, start, WIDTH, BLOCK_G: tl.constexpr):
-    """Sums of 16 products: [BLOCK_N, BLOCK_G]."""
+def _plain_products(
+    w, line, keep, x, start, WIDTH, SPAN: tl.constexpr, BLOCK_G: tl.constexpr
+):  # fmt: skip
+    """Sums of 16 products, before their scale: [BLOCK_N, BLOCK_G]."""
     at = start + tl.arange(0, BLOCK_G)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = at < WIDTH
     weight = tl.load(
         w + line[:, None, None] + at[None], mask=keep[:, None, None] & inside[None], other=0
     )
-    xs = tl.load(x + at, mask=inside, other=0)
-    return tl.sum(weight.to(tl.float32) * xs.to(tl.float32)[None], axis=2)
+    return tl.sum(weight.to(tl.float32) * numbers_at(x + at, inside, SPAN)[None], axis=2)
+
+
+@triton.jit
+def scales_of(s, row, WIDTH, SPAN: tl.constexpr):
+    """Pointer to the scales of a row of inputs, where those are codes."""
+    if SPAN > 0:
+        s += row * (WIDTH // SPAN)
+    return s
 
 
 @triton.jit
@@ -74,8 +96,10 @@ def _row_products(
     keep,
     half_rows,
     x,
+    xs,
     WIDTH,
     scale_columns,
+    SPAN: tl.constexpr,
     FORMAT: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
@@ -87,17 +111,19 @@ def _row_products(
     s_line = scale_row(rows, half_rows, SCALE_ROWS) * scale_columns
     acc = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
     for start in range(0, WIDTH, BLOCK_G * GROUP):
+        first = start + tl.arange(0, BLOCK_G) * GROUP
         if FORMAT == PLAIN:
-            part = _plain_products(w, line, keep, x, start, WIDTH, BLOCK_G)
+            part = _plain_products(w, line, keep, x, start, WIDTH, SPAN, BLOCK_G)
         else:
-            part = _word_products(w, line, keep, x, start, WIDTH, FORMAT, BLOCK_G)
-            first = start + tl.arange(0, BLOCK_G) * GROUP
+            part = _word_products(w, line, keep, x, start, WIDTH, FORMAT, SPAN, BLOCK_G)
             byte = tl.load(
                 s + s_line[:, None] + (first // SCALE_COLUMNS)[None, :],
                 mask=keep[:, None] & (first < WIDTH)[None, :],
                 other=0,
             )
             part *= e8m0(byte)
+        if SPAN > 0:
+            part *= e8m0(tl.load(xs + first // SPAN, mask=first < WIDTH, other=0))[None, :]
         acc += part
     return tl.sum(acc, axis=1)
 
@@ -105,10 +131,16 @@ def _row_products(
 @triton.jit
 def store_activated(
     both, u, weight, pair, F, limit,
-    CLAMP: tl.constexpr, PIECES: tl.constexpr, HALF: tl.constexpr,
+    CLAMP: tl.constexpr, NARROW: tl.constexpr, PIECES: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """HALF gates and as many ups of a pair to u [P, F], in the pieces that meet W2's codes."""
+    """HALF gates and as many ups of a pair to u [P, F], in the pieces that meet W2's codes.
+
+    With NARROW both are rounded to u's type first, as the release does.
+    """
     gate, up = tl.split(tl.trans(tl.reshape(both, (2, HALF))))
+    if NARROW:
+        gate = gate.to(u.dtype.element_ty).to(tl.float32)
+        up = up.to(u.dtype.element_ty).to(tl.float32)
     if CLAMP:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
@@ -121,6 +153,7 @@ def store_activated(
 @triton.jit
 def gate_up_gemv(
     x,
+    xs,
     index,
     weight,
     w,
@@ -135,7 +168,9 @@ def gate_up_gemv(
     limit,
     TOP_K: tl.constexpr,
     CLAMP: tl.constexpr,
+    NARROW: tl.constexpr,
     PIECES: tl.constexpr,
+    SPAN: tl.constexpr,
     FORMAT: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
@@ -148,17 +183,19 @@ def gate_up_gemv(
     place = tl.arange(0, BLOCK_N)
     f = tl.program_id(1) * HALF + place % HALF
     expert = tl.load(index + pair).to(tl.int64)
+    token = pair // TOP_K
     both = _row_products(
         w + expert * w_expert, s + expert * s_expert, f + place // HALF * F, f < F, F,
-        x + (pair // TOP_K) * x_row, WIDTH, scale_columns,
-        FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_G,
+        x + token * x_row, scales_of(xs, token, WIDTH, SPAN), WIDTH, scale_columns,
+        SPAN, FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_G,
     )  # fmt: skip
-    store_activated(both, u, weight, pair, F, limit, CLAMP, PIECES, HALF)
+    store_activated(both, u, weight, pair, F, limit, CLAMP, NARROW, PIECES, HALF)
 
 
 @triton.jit
 def down_gemv(
     u,
+    us,
     index,
     w,
     s,
@@ -169,6 +206,7 @@ def down_gemv(
     scale_columns,
     w_expert,
     s_expert,
+    SPAN: tl.constexpr,
     FORMAT: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
@@ -181,7 +219,8 @@ def down_gemv(
     expert = tl.load(index + pair).to(tl.int64)
     value = _row_products(
         w + expert * w_expert, s + expert * s_expert, rows, rows < D, D, u + pair * F,
-        WIDTH, scale_columns, FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_G,
+        scales_of(us, pair, WIDTH, SPAN), WIDTH, scale_columns,
+        SPAN, FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_G,
     )  # fmt: skip
     tl.store(y + pair * D + rows, value, mask=rows < D)
 
@@ -210,7 +249,7 @@ def linear_gemv(
     columns = WIDTH * 2 if FORMAT == FP4 else WIDTH
     x += (token * (OUT // GROUP_ROWS) + first // GROUP_ROWS) * columns
     value = _row_products(
-        w, s, rows, keep, OUT, x, WIDTH, scale_columns,
-        FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_G,
+        w, s, rows, keep, OUT, x, x, WIDTH, scale_columns,
+        0, FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_N, BLOCK_G,
     )  # fmt: skip
     tl.store(y + token * OUT + rows, value, mask=keep)

@@ -11,6 +11,10 @@
 A family says how its weights are opened (`Opened`), and `Family` makes of that the functions that
 modules call. Nothing here waits for the host, and no weight is written anywhere. Weights get no
 gradient.
+
+With a `group` both products read what the release's do: x and u rounded to FP8, one scale for so
+many channels (`rounding.py`), and h is rounded to the dtype of x. The gradient passes straight
+through these roundings.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from ..moe import Linear, StackedWeight
 from . import expert_gemm
 from .expert_plan import DECODE_ROWS, Part, Plan, make_plan
 from .launching import on_device_of
+from .rounding import Rows, plain_rows
 
 
 class Opened(Protocol):
@@ -48,18 +53,21 @@ class Opened(Protocol):
 
     def decode(
         self, x: torch.Tensor, routing: torch.Tensor, index: torch.Tensor, down: Any,
-        limit: float | None,
+        limit: float | None, group: int,
     ) -> torch.Tensor:  # fmt: skip
-        """Few tokens through gate, up and down: [n, D] -> pairs [n * K, D] float32."""
+        """Few tokens through gate, up and down: [n, D] -> pairs [n * K, D] float32.
+
+        With `group`, here and in `inner`, inputs of both products are rounded.
+        """
 
     def inner(
         self, x: torch.Tensor, routing: torch.Tensor, plan: Plan, top_k: int, down: Any,
-        limit: float | None, keep: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        limit: float | None, keep: bool, group: int,
+    ) -> tuple[Rows, torch.Tensor]:  # fmt: skip
         """u [P, F] as `down` takes it, and h [P, 2F], empty unless it is to be kept."""
 
-    def multiply(self, x: torch.Tensor, plan: Plan, y: torch.Tensor, scatter: bool) -> None:
-        """Rows as `split` gives them to y [P, rows]: sorted, or with `scatter` by pair."""
+    def multiply(self, x: Rows, plan: Plan, y: torch.Tensor, scatter: bool) -> None:
+        """Rows as `split` gives them, or `inner`, to y [P, rows]: sorted, or with `scatter` by pair."""
 
     def inner_grad(self, dy: torch.Tensor, plan: Plan, top_k: int) -> torch.Tensor:
         """Of down: `dy W2` of tokens' dy [n, D], as h lies: [P, F]."""
@@ -77,13 +85,15 @@ class Opened(Protocol):
         """Gradients of inputs back in the order of columns."""
 
 
-def number_type(x: torch.Tensor) -> dict[str, Any]:
+def number_type(x: torch.Tensor | Rows) -> dict[str, Any]:
     """What products are computed in: bfloat16 stays, but for the interpreter, which has none."""
     half = x.dtype is torch.bfloat16 and x.is_cuda
     return {"DTYPE": tl.bfloat16 if half else tl.float32}
 
 
-def tile_for(tile: dict[str, int], x: torch.Tensor, summed: str = "BLOCK_K") -> dict[str, int]:
+def tile_for(
+    tile: dict[str, int], x: torch.Tensor | Rows, summed: str = "BLOCK_K"
+) -> dict[str, int]:
     """The tile of a matrix product that sums over an axis of it, for activations like x.
 
     In float32 a tile takes twice the shared memory, of which some GPUs have 99 KiB, and products
@@ -115,10 +125,11 @@ class _Experts(torch.autograd.Function):
         gate_up: Opened,
         down: Opened,
         limit: float | None,
+        group: int,
     ) -> torch.Tensor:
         (n, k), plan = index.shape, make_plan(index, gate_up.experts)
         keep = any(ctx.needs_input_grad)
-        u, h = gate_up.inner(x, routing, plan, k, down, limit, keep)
+        u, h = gate_up.inner(x, routing, plan, k, down, limit, keep, group)
         y = x.new_empty(n * k, down.rows)
         down.multiply(u, plan, y, scatter=True)
         ctx.save_for_backward(h, routing)
@@ -135,10 +146,10 @@ class _Experts(torch.autograd.Function):
             du, h, routing, plan.order, dh, dweight, down.columns, bound, CLAMP=clamp, BLOCK=1024
         )
         if not ctx.needs_input_grad[0]:
-            return None, dweight, None, None, None, None
+            return None, dweight, *(None,) * 5
         dx = gate_up.input_grad(dh, plan, down).view(n, k, gate_up.columns)
         dx = gate_up.unsplit(dx.sum(1, dtype=torch.float32)).to(ctx.dtype)
-        return dx, dweight, None, None, None, None
+        return dx, dweight, *(None,) * 5
 
 
 class _Grouped(torch.autograd.Function):
@@ -147,7 +158,7 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, plan: Plan, weight: Opened) -> torch.Tensor:
         y = x.new_empty(len(x), weight.rows)
-        weight.multiply(weight.split(x), plan, y, scatter=False)
+        weight.multiply(plain_rows(weight.split(x)), plan, y, scatter=False)
         ctx.plan, ctx.weight = plan, weight
         return y
 
@@ -177,6 +188,7 @@ class Family(NamedTuple):
         gate_up: StackedWeight,
         down: StackedWeight,
         limit: float | None,
+        group: int = 0,
     ) -> torch.Tensor:
         """Sum the chosen experts of every token; see `moe.ExpertsBase.forward`.
 
@@ -186,6 +198,8 @@ class Family(NamedTuple):
             routing: [n, K] float32.
             gate_up: [E, 2F, D], w1 then w3.
             down: [E, D, F].
+            limit: of SwiGLU.
+            group: channels that share a scale of rounded inputs, a divisor of D and F; 0: none.
 
         Returns:
             [n, D] float32.
@@ -195,9 +209,9 @@ class Family(NamedTuple):
         first, second = self.open(gate_up, down)
         with on_device_of(x):
             if len(x) <= DECODE_ROWS and not learns:
-                y = first.decode(x, routing, index, second, limit)
+                y = first.decode(x, routing, index, second, limit, group)
                 return y.view(*index.shape, second.rows).sum(1)
-            return _Experts.apply(x, routing, index, first, second, limit)
+            return _Experts.apply(x, routing, index, first, second, limit, group)
 
     def run_part(
         self,
@@ -208,6 +222,7 @@ class Family(NamedTuple):
         down: StackedWeight,
         limit: float | None,
         y: torch.Tensor,
+        group: int = 0,
     ) -> None:
         """Write the rows of some pairs, each its expert's output; others add them up.
 
@@ -219,7 +234,9 @@ class Family(NamedTuple):
             part: the pairs, not empty.
             gate_up: [E, 2F, D], w1 then w3.
             down: [E, D, F].
+            limit: of SwiGLU.
             y: [n * K, D] float32, written at the pairs.
+            group: see `run`.
         """
         x, (first, second) = in_autocast(x), self.open(gate_up, down)
         with on_device_of(x):
@@ -227,10 +244,10 @@ class Family(NamedTuple):
                 places = torch.tensor(part.places).repeat_interleave(torch.tensor(part.counts))
                 index = places[:, None].to(x.device, non_blocking=True)
                 rows, weights = x[part.order // part.top_k], routing[part.order][:, None]
-                y[part.order] = first.decode(rows, weights, index, second, limit)
+                y[part.order] = first.decode(rows, weights, index, second, limit, group)
                 return
             plan = part.plan(len(y))
-            u, _ = first.inner(x, routing, plan, part.top_k, second, limit, keep=False)
+            u, _ = first.inner(x, routing, plan, part.top_k, second, limit, False, group)
             second.multiply(u, plan, y, scatter=True)
 
     def grouped(

@@ -24,6 +24,7 @@ from . import expert_gemm, expert_gemv
 from .expert_passes import Family, clamp_limit, in_autocast, number_type, tile_for
 from .expert_plan import DECODE_ROWS, Plan
 from .launching import on_device_of
+from .rounding import Rows, code_rows, plain_rows
 from .unpack import FP4, FP8, PLAIN
 
 # Rows and 16-code groups of a matrix-vector tile.
@@ -76,6 +77,10 @@ class Weight(NamedTuple):
         """From expert to expert: of codes and of scales."""
         return self.codes.stride(0), self.scale.stride(0)
 
+    def span(self, x: Rows) -> int:
+        """Codes of a row that meet one scale of x; 0 where x has none."""
+        return x.group // 2 if self.is_split else x.group
+
     def in_pieces(self, x: torch.Tensor) -> torch.Tensor:
         """Numbers of [..., columns] at place 0 of each word of codes, then those at place 1, ..."""
         return x.unflatten(-1, (-1, self.pieces)).mT.flatten(-2).contiguous()
@@ -88,7 +93,9 @@ class Weight(NamedTuple):
         """Inverse of `split`."""
         return x.unflatten(-1, (2, -1)).mT.flatten(-2) if self.is_split else x
 
-    def blocks(self, way: str, plan: Plan, x: torch.Tensor, run: int = 0) -> dict[str, Any]:
+    def blocks(
+        self, way: str, plan: Plan, x: torch.Tensor | Rows, run: int = 0
+    ) -> dict[str, Any]:
         """What a kernel is compiled for, "forward" or "backward" over runs of so many rows."""
         tile = tile_for(GEMM_TILES[way], x, "BLOCK_K" if way == "forward" else "BLOCK_N")
         even = self.width % tile["BLOCK_K"] == 0 and run % tile["BLOCK_N"] == 0
@@ -101,22 +108,27 @@ class Weight(NamedTuple):
         index: torch.Tensor,
         down: Weight,
         limit: float | None,
+        group: int,
     ) -> torch.Tensor:
         """See `expert_passes.Opened`, as for all that follow."""
         (n, k), f, d = index.shape, self.rows // 2, down.rows
         u = x.new_empty(n * k, f)
         y = x.new_empty(n * k, d, dtype=torch.float32)
-        bound, clamp = clamp_limit(limit)
+        (bound, clamp), pieces = clamp_limit(limit), (down.pieces, down.pieces)
+        rows = code_rows(x, group, 1, self.pieces) if group else plain_rows(self.in_pieces(x))
         tile = GEMV_TILES["gate_up"]
         expert_gemv.gate_up_gemv[(n * k, triton.cdiv(f, tile["BLOCK_N"] // 2))](
-            self.in_pieces(x), index, routing, self.codes, self.scale, u,
+            rows.data, rows.scale, index, routing, self.codes, self.scale, u,
             f, self.width, self.scale_columns, *self.strides, self.columns, bound,
-            TOP_K=k, CLAMP=clamp, PIECES=down.pieces, **self.fixed, **tile,
+            TOP_K=k, CLAMP=clamp, NARROW=group > 0, PIECES=down.pieces, SPAN=self.span(rows),
+            **self.fixed, **tile,
         )  # fmt: skip
+        inner = code_rows(u, group, *pieces) if group else plain_rows(u)
         tile = GEMV_TILES["down"]
         expert_gemv.down_gemv[(n * k, triton.cdiv(d, tile["BLOCK_N"]))](
-            u, index, down.codes, down.scale, y,
-            d, f, down.width, down.scale_columns, *down.strides, **down.fixed, **tile,
+            inner.data, inner.scale, index, down.codes, down.scale, y,
+            d, f, down.width, down.scale_columns, *down.strides,
+            SPAN=down.span(inner), **down.fixed, **tile,
         )  # fmt: skip
         return y
 
@@ -129,23 +141,27 @@ class Weight(NamedTuple):
         down: Weight,
         limit: float | None,
         keep: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        group: int,
+    ) -> tuple[Rows, torch.Tensor]:
         count, f, (bound, clamp) = len(plan.order), self.rows // 2, clamp_limit(limit)
         u, h = x.new_empty(count, f), x.new_empty(count if keep else 0, 2 * f)
+        rows = code_rows(x, group, 1, 1 + self.is_split) if group else plain_rows(self.split(x))
         blocks = self.blocks("forward", plan, x)
         expert_gemm.gate_up_gemm[plan.grid(f, blocks["BLOCK_N"])](
-            self.split(x), routing, plan.order, plan.tiles, self.codes, self.scale, u, h,
+            rows.data, rows.scale, routing, plan.order, plan.tiles, self.codes, self.scale, u, h,
             self.experts, f, self.width, self.scale_columns, *self.strides, self.columns, bound,
-            TOP_K=top_k, CLAMP=clamp, SAVE=keep, SPLIT_ROWS=down.is_split, **blocks,
+            TOP_K=top_k, CLAMP=clamp, SAVE=keep, NARROW=group > 0, SPLIT_ROWS=down.is_split,
+            SPAN=self.span(rows), **blocks,
         )  # fmt: skip
-        return u, h
+        pieces = 1 + down.is_split
+        return code_rows(u, group, pieces, pieces) if group else plain_rows(u), h
 
-    def multiply(self, x: torch.Tensor, plan: Plan, y: torch.Tensor, scatter: bool) -> None:
+    def multiply(self, x: Rows, plan: Plan, y: torch.Tensor, scatter: bool) -> None:
         blocks = self.blocks("forward", plan, x)
         expert_gemm.linear_gemm[plan.grid(self.rows, blocks["BLOCK_N"])](
-            x, plan.order, plan.tiles, self.codes, self.scale, y,
+            x.data, x.scale, plan.order, plan.tiles, self.codes, self.scale, y,
             self.experts, self.rows, self.width, self.scale_columns, *self.strides,
-            self.half_rows, self.columns, SCATTER=scatter, **blocks,
+            self.half_rows, self.columns, SCATTER=scatter, SPAN=self.span(x), **blocks,
         )  # fmt: skip
 
     def inner_grad(self, dy: torch.Tensor, plan: Plan, top_k: int) -> torch.Tensor:
@@ -220,7 +236,7 @@ def _open_both(gate_up: StackedWeight, down: StackedWeight) -> tuple[Weight, Wei
     return _open(gate_up, 2), _open(down)
 
 
-def _numbers(x: torch.Tensor) -> dict[str, Any]:
+def _numbers(x: torch.Tensor | Rows) -> dict[str, Any]:
     number = number_type(x)
     return {**number, "ASM": number["DTYPE"] is tl.bfloat16}
 
@@ -262,13 +278,13 @@ def _linear_gemm(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """The same for rows enough to open each weight once for all of them: one tile of rows."""
     tiles = torch.zeros(1, 3, dtype=torch.int32, device=x.device)
     tiles[:, 2].fill_(len(x))
-    y = x.new_empty(len(x), weight.rows)
+    rows, y = weight.split(x), x.new_empty(len(x), weight.rows)
     tile = tile_for(GEMM_TILES["linear"], x)
     expert_gemm.linear_gemm[(triton.cdiv(weight.rows, tile["BLOCK_N"]),)](
-        weight.split(x), tiles, tiles, weight.codes, weight.scale, y,
+        rows, rows, tiles, tiles, weight.codes, weight.scale, y,
         1, weight.rows, weight.width, weight.scale_columns, *weight.strides,
         weight.half_rows, weight.columns,
-        SCATTER=False, BLOCK_M=DECODE_ROWS, EVEN=weight.width % tile["BLOCK_K"] == 0,
+        SCATTER=False, SPAN=0, BLOCK_M=DECODE_ROWS, EVEN=weight.width % tile["BLOCK_K"] == 0,
         **weight.fixed, **tile, **_numbers(x),
     )  # fmt: skip
     return y

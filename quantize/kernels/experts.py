@@ -7,7 +7,8 @@
     else        rows sorted by expert, two kernels of gemm.py; backward two more
 
 `covers`, `run`, `run_part` and `grouped` are those of `expert_passes.Family`. A trellis' weights
-are rotated rows; here what they meet is rotated instead, a row of inputs once.
+are rotated rows; here what they meet is rotated instead, a row of inputs once. Inputs rounded to FP8
+are read as codes by whole numbers; a trellis' are rounded first, then rotated, and read as numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import triton
 
 from modeling_dsv4.kernels.expert_passes import Family, clamp_limit, number_type, tile_for
 from modeling_dsv4.kernels.expert_plan import Plan
+from modeling_dsv4.kernels.rounding import Rows, code_rows, plain_rows, rounded
 from modeling_dsv4.moe import StackedWeight
 
 from ..grids import GRIDS, group_size
@@ -87,22 +89,34 @@ class Weight(NamedTuple):
         """Scales of a row."""
         return self.scale.shape[-1]
 
-    def in_pieces(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs [..., columns], rotated for a trellis, in the order of `gemv`."""
+    def in_pieces(self, x: torch.Tensor, group: int, pieces: int = 1) -> Rows:
+        """Inputs [n, columns] in an order, rounded with a group: rotated or not, as `gemv` reads."""
         if self.trellis:
-            return rotate(x, 1, 2 * _UNIT)
-        return x.unflatten(-1, (-1, _UNIT)).mT.flatten(-2).contiguous()
+            return plain_rows(rotate(rounded(x, group) if group else x, 1, 2 * _UNIT))
+        if group:
+            return code_rows(x, group, pieces, _UNIT)
+        if pieces == 1:
+            x = x.unflatten(-1, (-1, _UNIT)).mT.flatten(-2).contiguous()
+        return plain_rows(x)
 
     def split(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Inputs [n, columns] in the order of `gemm`: rotated and even columns first, or as is."""
         dtype = dtype or x.dtype
         return rotate(x, 1, 2, dtype) if self.trellis else x.to(dtype).contiguous()
 
+    def in_rows(self, x: torch.Tensor, group: int, dtype: torch.dtype) -> Rows:
+        """The same as `gemm` reads them: codes, or numbers of a dtype as `split` gives them."""
+        if group and not self.trellis:
+            return code_rows(x, group, 1, 1)
+        return plain_rows(self.split(rounded(x, group) if group else x, dtype))
+
     def unsplit(self, x: torch.Tensor) -> torch.Tensor:
         """Inverse of `split`, for gradients: the rotation is symmetric and its own inverse."""
         return rotate(x, 2, 1) if self.trellis else x
 
-    def blocks(self, way: str, plan: Plan, x: torch.Tensor, run: int = 0) -> dict[str, Any]:
+    def blocks(
+        self, way: str, plan: Plan, x: torch.Tensor | Rows, run: int = 0
+    ) -> dict[str, Any]:
         """What a kernel is compiled for, "forward" or "backward" over a run of so many rows."""
         summed = "BLOCK_K" if way == "forward" else "BLOCK_N"
         tile = tile_for(GEMM_TILES[f"{self.kind} {way}"], x, summed)
@@ -116,24 +130,25 @@ class Weight(NamedTuple):
         index: torch.Tensor,
         down: Weight,
         limit: float | None,
+        group: int,
     ) -> torch.Tensor:
         """See `expert_passes.Opened`, as for all that follow."""
         (n, k), f, d = index.shape, self.rows // 2, down.rows
-        u = x.new_empty(n * k, f, dtype=torch.float32 if down.trellis else x.dtype)
+        u = x.new_empty(n * k, f, dtype=_inner_type(x, down, group))
         y = x.new_empty(n * k, d, dtype=torch.float32)
-        bound, clamp = clamp_limit(limit)
-        tile = GEMV_TILES[self.kind]
+        (bound, clamp), pieces = clamp_limit(limit), 1 if down.trellis else _UNIT
+        rows, tile = self.in_pieces(x, group), GEMV_TILES[self.kind]
         gemv.gate_up_gemv[(n * k, triton.cdiv(f, tile["BLOCK_N"] // 2))](
-            self.in_pieces(x), index, routing, *self.tensors, u,
+            rows.data, rows.scale, index, routing, *self.tensors, u,
             f, self.codes // _UNIT, self.groups, *self.strides, self.columns, bound,
-            TOP_K=k, CLAMP=clamp, PIECES=1 if down.trellis else _UNIT, **self.fixed, **tile,
+            TOP_K=k, CLAMP=clamp, NARROW=group > 0, PIECES=pieces, SPAN=rows.group,
+            **self.fixed, **tile,
         )  # fmt: skip
-        if down.trellis:
-            u = down.in_pieces(u)
-        tile = GEMV_TILES[down.kind]
+        inner, tile = down.in_pieces(u, group, pieces), GEMV_TILES[down.kind]
         gemv.down_gemv[(n * k, triton.cdiv(d, tile["BLOCK_N"]))](
-            u, index, *down.tensors, y,
-            d, f, down.codes // _UNIT, down.groups, *down.strides, **down.fixed, **tile,
+            inner.data, inner.scale, index, *down.tensors, y,
+            d, f, down.codes // _UNIT, down.groups, *down.strides,
+            SPAN=inner.group, **down.fixed, **tile,
         )  # fmt: skip
         return y
 
@@ -146,24 +161,25 @@ class Weight(NamedTuple):
         down: Weight,
         limit: float | None,
         keep: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        group: int,
+    ) -> tuple[Rows, torch.Tensor]:
         count, f, (bound, clamp) = len(plan.order), self.rows // 2, clamp_limit(limit)
-        u = x.new_empty(count, f, dtype=torch.float32 if down.trellis else x.dtype)
+        u = x.new_empty(count, f, dtype=_inner_type(x, down, group))
         h = x.new_empty(count if keep else 0, 2 * f)
-        blocks = self.blocks("forward", plan, x)
+        rows, blocks = self.in_rows(x, group, x.dtype), self.blocks("forward", plan, x)
         gemm.gate_up_gemm[plan.grid(f, blocks["BLOCK_N"])](
-            self.split(x), routing, plan.order, plan.tiles, *self.tensors, u, h,
+            rows.data, rows.scale, routing, plan.order, plan.tiles, *self.tensors, u, h,
             self.experts, f, self.codes, self.groups, *self.strides, self.columns, bound,
-            TOP_K=top_k, CLAMP=clamp, SAVE=keep, **blocks,
+            TOP_K=top_k, CLAMP=clamp, SAVE=keep, NARROW=group > 0, SPAN=rows.group, **blocks,
         )  # fmt: skip
-        return down.split(u, x.dtype), h
+        return down.in_rows(u, group, x.dtype), h
 
-    def multiply(self, x: torch.Tensor, plan: Plan, y: torch.Tensor, scatter: bool) -> None:
+    def multiply(self, x: Rows, plan: Plan, y: torch.Tensor, scatter: bool) -> None:
         blocks = self.blocks("forward", plan, x)
         gemm.linear_gemm[plan.grid(self.rows, blocks["BLOCK_N"])](
-            x, plan.order, plan.tiles, *self.tensors, y,
+            x.data, x.scale, plan.order, plan.tiles, *self.tensors, y,
             self.experts, self.rows, self.codes, self.groups, *self.strides, self.columns,
-            SCATTER=scatter, **blocks,
+            SCATTER=scatter, SPAN=x.group, **blocks,
         )  # fmt: skip
 
     def inner_grad(self, dy: torch.Tensor, plan: Plan, top_k: int) -> torch.Tensor:
@@ -187,6 +203,11 @@ class Weight(NamedTuple):
             self.rows, self.columns, TOP_K=top_k, SCATTER=scatter, **blocks,
         )  # fmt: skip
         return dx
+
+
+def _inner_type(x: torch.Tensor, down: Weight, group: int) -> torch.dtype:
+    """In what u is stored: a trellis rotates it as it was summed, unless it is rounded anyway."""
+    return torch.float32 if down.trellis and not group else x.dtype
 
 
 @functools.cache

@@ -21,6 +21,8 @@ import triton.language as tl
 from modeling_dsv4.kernels.expert_gemm import (
     columns_of,
     grad_rows,
+    inputs_at,
+    inputs_of,
     load_inside,
     place,
     rows_of,
@@ -151,9 +153,10 @@ def _add_product(
 
 @triton.jit
 def gate_up_gemm(
-    x, weight, order, tiles, w, s, z, u, h,
+    x, xs, weight, order, tiles, w, s, z, u, h,
     EXPERTS, F, CODES, groups, w_expert, s_expert, z_expert, x_row, limit,
-    TOP_K: tl.constexpr, CLAMP: tl.constexpr, SAVE: tl.constexpr,
+    TOP_K: tl.constexpr, CLAMP: tl.constexpr, SAVE: tl.constexpr, NARROW: tl.constexpr,
+    SPAN: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, TRELLIS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -168,11 +171,11 @@ def gate_up_gemm(
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
     z += expert.to(tl.int64) * z_expert
-    x_at = x + ((pair // TOP_K).to(tl.int64) * x_row)[None, :]
+    x_at, xs_at = inputs_at(x, xs, (pair // TOP_K).to(tl.int64), x_row, CODES, SPAN)
     gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, CODES, BLOCK_K):
-        x_even = columns_of(x_at, start, CODES, BLOCK_K, EVEN, DTYPE)
+        x_even = inputs_of(x_at, xs_at, start, CODES, SPAN, BLOCK_K, EVEN, DTYPE)
         x_odd = x_even
         if TRELLIS:
             x_odd = columns_of(x_at + CODES, start, CODES, BLOCK_K, EVEN, DTYPE)
@@ -187,14 +190,14 @@ def gate_up_gemm(
     if TRELLIS:
         gate *= bf16(tl.load(s + rows))[:, None]
         up *= bf16(tl.load(s + rows + F))[:, None]
-    store_inner(gate, up, weight, pair, row, here, j, u, h, F, limit, CLAMP, SAVE)
+    store_inner(gate, up, weight, pair, row, here, j, u, h, F, limit, CLAMP, SAVE, NARROW)
 
 
 @triton.jit
 def linear_gemm(
-    x, order, tiles, w, s, z, y,
+    x, xs, order, tiles, w, s, z, y,
     EXPERTS, OUT, CODES, groups, w_expert, s_expert, z_expert, x_row,
-    SCATTER: tl.constexpr,
+    SCATTER: tl.constexpr, SPAN: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, TRELLIS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -210,10 +213,10 @@ def linear_gemm(
     w += expert.to(tl.int64) * w_expert
     s += expert.to(tl.int64) * s_expert
     z += expert.to(tl.int64) * z_expert
-    x_at = x + (tl.minimum(row, end - 1).to(tl.int64) * x_row)[None, :]
+    x_at, xs_at = inputs_at(x, xs, tl.minimum(row, end - 1).to(tl.int64), x_row, CODES, SPAN)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, CODES, BLOCK_K):
-        x_even = columns_of(x_at, start, CODES, BLOCK_K, EVEN, DTYPE)
+        x_even = inputs_of(x_at, xs_at, start, CODES, SPAN, BLOCK_K, EVEN, DTYPE)
         x_odd = x_even
         if TRELLIS:
             x_odd = columns_of(x_at + CODES, start, CODES, BLOCK_K, EVEN, DTYPE)

@@ -16,13 +16,15 @@ nothing changes hands before the last sum. Everything is float32 in registers.
                is symmetric: (R y) . x = y . (R x)
 
 What meets the codes is stored in *pieces*: the numbers at place 0 of all units, then those at place
-1, and so on. Rows and units beyond the end are masked to zero.
+1, and so on; for whole numbers they may be E4M3 codes, with a scale for SPAN of them (0: numbers).
+Rows and units beyond the end are masked to zero.
 """
 
 import triton
 import triton.language as tl
 
-from modeling_dsv4.kernels.expert_gemv import store_activated
+from modeling_dsv4.kernels.expert_gemv import numbers_at, scales_of, store_activated
+from modeling_dsv4.kernels.unpack import e8m0
 
 # Codes of a unit, and the ten bits of a window.
 UNIT = tl.constexpr(32)
@@ -61,8 +63,9 @@ def _bits_at(word, before, FIRST: tl.constexpr, COUNT: tl.constexpr, TO: tl.cons
 
 @triton.jit
 def _grid_unit(
-    at, here, x, inside, UNITS, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr
-):
+    at, here, x, inside, UNITS,
+    BITS: tl.constexpr, SPAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
     """Sums over units of x times 1 + code / 2^bits [N, U], and of x [U]."""
     total = tl.zeros((BLOCK_N, BLOCK_U), tl.float32)
     x_sum = tl.zeros((BLOCK_U,), tl.float32)
@@ -73,9 +76,9 @@ def _grid_unit(
         for place in tl.static_range(j * 32 // BITS, (j + 1) * 32 // BITS):
             code = _bits_at(word, before, place * BITS - j * 32, BITS, 23 - BITS)
             value = (code | ONE).to(tl.float32, bitcast=True)
-            xs = tl.load(x + place * UNITS, mask=inside, other=0).to(tl.float32)
-            total += value * xs[None, :]
-            x_sum += xs
+            number = numbers_at(x + place * UNITS, inside, SPAN)
+            total += value * number[None, :]
+            x_sum += number
         before = word
     return total, x_sum
 
@@ -107,8 +110,8 @@ def _trellis_unit(
 
 @triton.jit
 def _row_products(
-    w, s, z, rows, keep, x, UNITS, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, TRELLIS: tl.constexpr,
+    w, s, z, rows, keep, x, xs, UNITS, groups,
+    SPAN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TRELLIS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """`W[rows] . x`: [BLOCK_N] float32, from rows of so many units."""
@@ -124,11 +127,17 @@ def _row_products(
                 at, here, unit == 0, z, x + unit, inside, UNITS, BITS, BLOCK_N, BLOCK_U
             )
         else:
-            total, x_sum = _grid_unit(at, here, x + unit, inside, UNITS, BITS, BLOCK_N, BLOCK_U)
+            total, x_sum = _grid_unit(
+                at, here, x + unit, inside, UNITS, BITS, SPAN, BLOCK_N, BLOCK_U
+            )
             group = rows[:, None] * groups + (unit * UNIT // GROUP)[None, :]
             scale = bf16(tl.load(s + group, mask=here, other=0)) * (1 << BITS)
             zero = tl.load(z + group, mask=here, other=0).to(tl.float32) * (1 / 256) + 1.0
-            acc += (total - x_sum[None, :] * zero) * scale
+            part = (total - x_sum[None, :] * zero) * scale
+            if SPAN > 0:
+                byte = tl.load(xs + unit * UNIT // SPAN, mask=inside, other=0)
+                part *= e8m0(byte)[None, :]
+            acc += part
     value = tl.sum(acc, axis=1)
     if TRELLIS:
         value *= bf16(tl.load(s + rows, mask=keep, other=0))
@@ -137,9 +146,10 @@ def _row_products(
 
 @triton.jit
 def gate_up_gemv(
-    x, index, weight, w, s, z, u,
+    x, xs, index, weight, w, s, z, u,
     F, UNITS, groups, w_expert, s_expert, z_expert, x_row, limit,
-    TOP_K: tl.constexpr, CLAMP: tl.constexpr, PIECES: tl.constexpr,
+    TOP_K: tl.constexpr, CLAMP: tl.constexpr, NARROW: tl.constexpr, PIECES: tl.constexpr,
+    SPAN: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, TRELLIS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
@@ -148,20 +158,21 @@ def gate_up_gemv(
     pair = tl.program_id(0)
     place = tl.arange(0, BLOCK_N)
     f = tl.program_id(1) * HALF + place % HALF
-    expert = tl.load(index + pair).to(tl.int64)
+    expert, token = tl.load(index + pair).to(tl.int64), pair // TOP_K
     both = _row_products(
         w + expert * w_expert, s + expert * s_expert, z + expert * z_expert,
-        f + place // HALF * F, f < F, x + (pair // TOP_K) * x_row, UNITS, groups,
-        BITS, GROUP, TRELLIS, BLOCK_N, BLOCK_U,
+        f + place // HALF * F, f < F, x + token * x_row,
+        scales_of(xs, token, UNITS * UNIT, SPAN), UNITS, groups,
+        SPAN, BITS, GROUP, TRELLIS, BLOCK_N, BLOCK_U,
     )  # fmt: skip
-    store_activated(both, u, weight, pair, F, limit, CLAMP, PIECES, HALF)
+    store_activated(both, u, weight, pair, F, limit, CLAMP, NARROW, PIECES, HALF)
 
 
 @triton.jit
 def down_gemv(
-    u, index, w, s, z, y,
+    u, us, index, w, s, z, y,
     D, F, UNITS, groups, w_expert, s_expert, z_expert,
-    BITS: tl.constexpr, GROUP: tl.constexpr, TRELLIS: tl.constexpr,
+    SPAN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TRELLIS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """Down projections of pairs: y [P, D] float32."""
@@ -170,6 +181,7 @@ def down_gemv(
     expert = tl.load(index + pair).to(tl.int64)
     value = _row_products(
         w + expert * w_expert, s + expert * s_expert, z + expert * z_expert, rows, rows < D,
-        u + pair * F, UNITS, groups, BITS, GROUP, TRELLIS, BLOCK_N, BLOCK_U,
+        u + pair * F, scales_of(us, pair, UNITS * UNIT, SPAN), UNITS, groups,
+        SPAN, BITS, GROUP, TRELLIS, BLOCK_N, BLOCK_U,
     )  # fmt: skip
     tl.store(y + pair * D + rows, value, mask=rows < D)

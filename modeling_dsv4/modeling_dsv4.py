@@ -124,7 +124,8 @@ class Dsv4PreTrainedModel(PretrainedLoading, PreTrainedModel):
     def set_simulation(self, mode: str) -> None:
         """Round activations and caches as the release does ("official"), or not ("off").
 
-        A run-time switch, not saved; see `simulation.py`.
+        "activations" rounds inputs of packed weights alone. A run-time switch, not saved; see
+        `simulation.py`.
         """
         set_simulation(self, self.config, mode)
 

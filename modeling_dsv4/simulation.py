@@ -26,7 +26,7 @@ from .indexer import Indexer
 from .moe import Dsv4Experts, ExpertsBase, Fp8Inputs
 from .storage import Fp8Linear
 
-MODES = ("off", "official")
+MODES = ("off", "official", "activations")
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,20 @@ class Rounding:
 
 
 def set_simulation(model: nn.Module, config: Dsv4Config, mode: str) -> None:
-    """Switch the rounding of all layers on ("official") or off ("off"); nothing is saved."""
+    """Switch the rounding of all layers on or off; nothing is saved.
+
+    Args:
+        model: whose modules are told.
+        config: of it.
+        mode: "official" everything, "activations" inputs of packed linear maps and experts
+            alone, "off" nothing.
+    """
     if mode not in MODES:
         raise ValueError(f"simulation: wanted one of {', '.join(MODES)}, got {mode!r}")
-    rounding = Rounding.of(config) if mode == "official" else None
+    rounding = None if mode == "off" else Rounding.of(config)
     for module in model.modules():
         if isinstance(module, Dsv4Attention | Indexer):
-            module.rounding = rounding
+            module.rounding = rounding if mode == "official" else None
         elif isinstance(module, Fp8Linear) or (
             isinstance(module, ExpertsBase) and not isinstance(module, Dsv4Experts)
         ):

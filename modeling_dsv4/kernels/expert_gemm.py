@@ -20,7 +20,7 @@ zero (with EVEN no block is partial), and rows are the last one again, which is 
 import triton
 import triton.language as tl
 
-from .unpack import FP4, GROUP, PLAIN, fp4_tiles, fp8_tile, scale_row
+from .unpack import FP4, GROUP, PLAIN, activation, fp4_tiles, fp8_tile, scale_row
 
 
 @triton.jit
@@ -55,24 +55,16 @@ def store_inner(
     gate, up, weight, pair, row, here, j, u, h, F, limit,
     CLAMP: tl.constexpr, SAVE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """u = silu(clamp(gate)) * clamp(up) * weight of sorted rows, and h before that with SAVE.
-
-    With NARROW h is rounded to u's type first, as the release does.
-    """
+    """`activation` of sorted rows to u [P, F], and h [P, 2F] before that with SAVE."""
     inside = (j < F)[:, None] & here[None, :]
     wide = row.to(tl.int64)[None, :] * F + j[:, None]
     if SAVE:
         h_at = h + wide + row.to(tl.int64)[None, :] * F
         tl.store(h_at, gate, mask=inside)
         tl.store(h_at + F, up, mask=inside)
-    if NARROW:
-        gate = gate.to(u.dtype.element_ty).to(tl.float32)
-        up = up.to(u.dtype.element_ty).to(tl.float32)
-    if CLAMP:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-    routing = tl.load(weight + pair)
-    tl.store(u + wide, gate * tl.sigmoid(gate) * up * routing[None, :], mask=inside)
+    routing = tl.load(weight + pair)[None, :]
+    value = activation(gate, up, routing, limit, u.dtype.element_ty, CLAMP, NARROW)
+    tl.store(u + wide, value, mask=inside)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ E4M3 codes of them (`rounding.py`) with a scale for SPAN of a weight's codes; 0 
 import triton
 import triton.language as tl
 
-from .unpack import E2M1_FACTOR, E4M3_FACTOR, FP4, GROUP, PLAIN, e4m3, e8m0, scale_row
+from .unpack import E2M1_FACTOR, E4M3_FACTOR, FP4, GROUP, PLAIN, activation, e4m3, e8m0, scale_row
 
 # Bits of codes are values over 2^126 or 2^120: activations are raised, so that no product is
 # subnormal.
@@ -133,18 +133,10 @@ def store_activated(
     both, u, weight, pair, F, limit,
     CLAMP: tl.constexpr, NARROW: tl.constexpr, PIECES: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """HALF gates and as many ups of a pair to u [P, F], in the pieces that meet W2's codes.
-
-    With NARROW both are rounded to u's type first, as the release does.
-    """
+    """HALF gates and as many ups of a pair to u [P, F], in the pieces that meet W2's codes."""
     gate, up = tl.split(tl.trans(tl.reshape(both, (2, HALF))))
-    if NARROW:
-        gate = gate.to(u.dtype.element_ty).to(tl.float32)
-        up = up.to(u.dtype.element_ty).to(tl.float32)
-    if CLAMP:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-    value = gate * tl.sigmoid(gate) * up * tl.load(weight + pair)
+    routing = tl.load(weight + pair)
+    value = activation(gate, up, routing, limit, u.dtype.element_ty, CLAMP, NARROW)
     f = tl.program_id(1) * HALF + tl.arange(0, HALF)
     at = f % PIECES * (F // PIECES) + f // PIECES
     tl.store(u + pair * F + at, value, mask=f < F)

@@ -71,6 +71,38 @@ def e8m0(byte):
 
 
 @triton.jit
+def nearest(x, DTYPE: tl.constexpr):
+    """float32 rounded to DTYPE, still as float32; ties go to even, whatever a cast would do."""
+    if DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        even = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        # A NaN could run over into a zero.
+        x = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
+    return x
+
+
+@triton.jit
+def activation(
+    gate, up, weight, limit, DTYPE: tl.constexpr, CLAMP: tl.constexpr, NARROW: tl.constexpr
+):  # fmt: skip
+    """u = silu(clamp(gate)) * clamp(up) * weight in float32.
+
+    With NARROW gate and up are rounded to DTYPE first, and u last, as the release does.
+    """
+    if NARROW:
+        gate, up = nearest(gate, DTYPE), nearest(up, DTYPE)
+    if CLAMP:
+        # What is no number stays none.
+        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
+    u = gate * tl.sigmoid(gate) * up * weight
+    if NARROW:
+        u = nearest(u, DTYPE)
+    return u
+
+
+@triton.jit
 def fp4_tiles(code, scale, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """Bytes and their scales, of one shape -> even and odd columns in DTYPE."""
     if ASM:

@@ -25,7 +25,12 @@ from kernel_compiler import (
 # The widest word arithmetic of either kind: codes across words, and windows of three codes.
 INT3 = {"BITS": 3, "GROUP": 64, "TRELLIS": False}
 TRELLIS2 = {"BITS": 4, "GROUP": 4096, "TRELLIS": True}
-TYPES = {"grid": {"s": "*i16", "z": "*u8"}, "trellis": {"s": "*i16", "z": "*i32"}}
+TYPES = {
+    "grid": {"s": "*i16", "z": "*u8", "x": "*u8", "xs": "*u8"},
+    "trellis": {"s": "*i16", "z": "*i32", "xs": "*bf16"},
+}
+# Whole numbers meet codes of inputs here, which take more arithmetic; a trellis' are numbers.
+INPUTS = {"grid": {"SPAN": 128, "NARROW": True}, "trellis": {"SPAN": 0, "NARROW": False}}
 
 
 def cases() -> Iterator[Case]:
@@ -40,21 +45,22 @@ def cases() -> Iterator[Case]:
     few = {"TOP_K": 6, "CLAMP": True, "PIECES": 32}
     for kind, form, target in (("grid", INT3, 80), ("trellis", TRELLIS2, 100)):
         tile = experts.GEMV_TILES[kind]
-        yield gemv.gate_up_gemv, {**form, **few, **tile}, target, TYPES[kind]
+        yield gemv.gate_up_gemv, {**form, **few, **tile, **INPUTS[kind]}, target, TYPES[kind]
     tiles, many = experts.GEMM_TILES, {"EVEN": True, "BLOCK_M": MOST_ROWS}
     half = {"DTYPE": tl.bfloat16, **many}
     first = {"TOP_K": 6, "CLAMP": True, "SAVE": True}
     back = {"TOP_K": 6, "SCATTER": False}
     # Two tiles of inputs and of weights: what takes most shared memory.
     for kind, form, targets in (("grid", INT3, (90,)), ("trellis", TRELLIS2, TARGETS)):
-        fixed = {**form, **first, **half, **tiles[f"{kind} forward"]}
+        fixed = {**form, **first, **half, **INPUTS[kind], **tiles[f"{kind} forward"]}
         for target in targets:
             yield gemm.gate_up_gemm, fixed, target, TYPES[kind]
     for kind, form, target in (("grid", INT3, 120), ("trellis", TRELLIS2, 90)):
         fixed = {**form, **back, **half, **tiles[f"{kind} backward"]}
         yield gemm.input_grad_gemm, fixed, target, TYPES[kind]
     wide = float32_of(tiles["trellis forward"], **many, **TRELLIS2)
-    yield gemm.gate_up_gemm, {**first, **wide}, 89, {**TYPES["trellis"], **float32_types()}
+    kinds = {**TYPES["trellis"], **float32_types(), "xs": "*fp32"}
+    yield gemm.gate_up_gemm, {**first, **wide, **INPUTS["trellis"]}, 89, kinds
 
 
 def test_every_kernel_compiles_for_every_gpu_and_fits_its_shared_memory() -> None:

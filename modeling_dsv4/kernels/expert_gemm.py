@@ -20,7 +20,7 @@ zero (with EVEN no block is partial), and rows are the last one again, which is 
 import triton
 import triton.language as tl
 
-from .unpack import FP4, GROUP, PLAIN, activation, fp4_tiles, fp8_tile, scale_row
+from .unpack import FP4, GROUP, PLAIN, activation, fp4_tiles, fp8_inputs, fp8_tile, scale_row
 
 
 @triton.jit
@@ -189,7 +189,7 @@ def inputs_of(
         else:
             wide = tl.broadcast_to(byte[:, None, :], (BLOCK // STEP, STEP, code.shape[1]))
             scale = tl.reshape(wide, code.shape)
-        return fp8_tile(code, scale, DTYPE)
+        return fp8_inputs(code, scale, DTYPE)
 
 
 @triton.jit

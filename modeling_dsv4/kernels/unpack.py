@@ -47,6 +47,23 @@ _FP4_ASM = tl.constexpr(
     + _HALF.format(zeros="0x4342", twice="0x3322", even="$1", odd="$3")
     + "}"
 )
+# Four E4M3 bytes and the scale of each -> pairs of bfloat16 $0 and $1. A byte below its own sign,
+# spread over eight bits, is four bits away from where bfloat16 has it. 0x7b80 is 2^120.
+_PAIR = """
+    prmt.b32 a, $2, 0, {signed};
+    shl.b32 a, a, 4;
+    and.b32 a, a, 0x87f087f0;
+    prmt.b32 c, $3, 0, {zeros};
+    shl.b32 c, c, 7;
+    fma.rn.bf16x2 a, a, k, n;
+    fma.rn.bf16x2 {out}, a, c, n;
+"""
+_FP8_ASM = tl.constexpr(
+    "{ .reg .b32 a, c, k, n; mov.b32 k, 0x7b807b80; mov.b32 n, 0x80008000;"
+    + _PAIR.format(signed="0x9180", zeros="0x4140", out="$0")
+    + _PAIR.format(signed="0xb3a2", zeros="0x4342", out="$1")
+    + "}"
+)
 
 
 @triton.jit
@@ -125,6 +142,17 @@ def fp4_tiles(code, scale, DTYPE: tl.constexpr, ASM: tl.constexpr):
 def fp8_tile(code, scale, DTYPE: tl.constexpr):
     """Bytes and their scales, of one shape -> values in DTYPE."""
     return (e4m3(code) * E4M3_FACTOR * e8m0(scale)).to(DTYPE)
+
+
+@triton.jit
+def fp8_inputs(code, scale, DTYPE: tl.constexpr):
+    """`fp8_tile` of inputs, of which a program opens more than of weights."""
+    if DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _FP8_ASM, "=&r,=&r,r,r", [code, scale], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        return fp8_tile(code, scale, DTYPE)
 
 
 @triton.jit

@@ -12,7 +12,8 @@ of decoding is the bytes of the experts that were hit at the speed of a copy; th
 its multiplications at the speed of a large matrix product. "torch" is the same module without
 kernels: packed formats dequantized tile by tile and multiplied, bfloat16 by `grouped_mm` or, for
 few tokens, a loop. Both are measured in the same run. A pack's formats count whole records, scales,
-zeros and padding included; --quick takes two of the eight.
+zeros and padding included; --quick takes two of the eight. "fp8 in" rounds inputs to FP8 as the
+release does, which is part of both times; its floor is that of the same weights.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ import typer
 from gpu_limits import Limits, Row, time_us
 
 from modeling_dsv4 import ops
-from modeling_dsv4.moe import Dsv4Experts, ExpertsBase
+from modeling_dsv4.moe import Dsv4Experts, ExpertsBase, Fp8Inputs
 from modeling_dsv4.storage import Fp8Linear, PackedExperts
 from quantize.experts import StoredExperts
 from quantize.grids import GRIDS
@@ -132,6 +133,17 @@ def measure_grouped(
                limits.floor_us(moved, flops), us)  # fmt: skip
 
 
+def measure_rounded(
+    name: str, module: ExpertsBase, few: tuple[int, ...], limits: Limits
+) -> list[Row]:
+    """Decoding and a prefill with inputs in FP8, a scale for 128 channels."""
+    module.round_input = Fp8Inputs(128)
+    rows = [measure(f"decode {name}, fp8 in", module, n, limits) for n in few]
+    rows.append(measure(f"prefill {name}, fp8 in", module, PREFILL, limits))
+    module.round_input = None
+    return rows
+
+
 def fp8_linear(block: int) -> Fp8Linear:
     """A dense map of 4096 to 8192 in FP8 blocks."""
     with torch.device("meta"):
@@ -228,6 +240,7 @@ def measure_stored(limits: Limits, quick: bool, tuned: bool) -> list[Row]:
             rows += [measure(f"decode {name}", module, n, limits) for n in (1, 8)]
             rows.append(measure(f"prefill {name}", module, PREFILL, limits))
             rows.append(measure_grouped(name, module, tokens(PREFILL, E), limits))
+            rows += measure_rounded(name, module, (1,), limits)
         if not quick:
             rows.append(
                 measure(f"forward + backward {name}", module, PREFILL, limits, backward=True)
@@ -296,6 +309,7 @@ def measure_own(limits: Limits, quick: bool, tuned: bool) -> list[Row]:
         rows += [measure("decode fp4", packed, n, limits) for n in (1, 8)]
         rows.append(measure("prefill fp4", packed, PREFILL, limits))
         rows.append(measure_grouped("fp4", packed, tokens(PREFILL, E), limits))
+        rows += measure_rounded("fp4", packed, (1, 8), limits)
     if not quick:
         rows.append(measure("prefill fp4, large groups", packed, PREFILL, limits, FEW))
         rows.append(measure("forward + backward fp4", packed, PREFILL, limits, backward=True))

@@ -122,10 +122,9 @@ class Dsv4PreTrainedModel(PretrainedLoading, PreTrainedModel):
             module.set_token_map(token_map)
 
     def set_simulation(self, mode: str) -> None:
-        """Round activations and caches as the release does ("official"), or not ("off").
+        """Round as the release does: "official", "activations" (no caches), or "off".
 
-        "activations" rounds inputs of packed weights alone. A run-time switch, not saved; see
-        `simulation.py`.
+        A run-time switch, not saved; see `simulation.py`.
         """
         set_simulation(self, self.config, mode)
 

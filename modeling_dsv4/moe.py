@@ -7,6 +7,7 @@ experts by token id instead of by score.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,8 @@ class StackedWeight(NamedTuple):
         return self.parts[""].shape[1]
 
 
-class Fp8Inputs(NamedTuple):
+@dataclass(frozen=True)
+class Fp8Inputs:
     """Rounds inputs [..., C] to FP8, one scale for `group` channels; kernels know it as well."""
 
     group: int

@@ -8,8 +8,8 @@ Grid: row tiles x column tiles, the latter fastest. A row tile is up to BLOCK_M 
 expert; `tiles` [T, 3] (expert, first row, end) was made on the device, and tiles beyond the last
 name an expert that does not exist. Products are computed transposed, [weights, tokens]: so the
 opened weights are the operand that may stay in registers. bfloat16 or float32 in, float32 added up.
-Inputs are numbers, or E4M3 codes (`rounding.py`) that open like weights: exactly, into what products
-work in. SPAN is how many of a weight's codes meet one of their scales, 0 for numbers.
+Inputs are numbers, or E4M3 codes (`rounding.py`) that open as weights do: exactly, into what
+products work in. SPAN is how many of a weight's codes meet one of their scales, 0 for numbers.
 
 FP4 opens as even and odd columns, so what meets its columns is stored *split*: the even columns,
 then the odd ones. Where W2 is FP4, rows of W1 and W3 are walked in that order as well, so that u, h

@@ -67,7 +67,7 @@ class Opened(Protocol):
         """u [P, F] as `down` takes it, and h [P, 2F], empty unless it is to be kept."""
 
     def multiply(self, x: Rows, plan: Plan, y: torch.Tensor, scatter: bool) -> None:
-        """Rows as `split` gives them, or `inner`, to y [P, rows]: sorted, or with `scatter` by pair."""
+        """Rows of `split` or `inner` to y [P, rows]: sorted, or with `scatter` by pair."""
 
     def inner_grad(self, dy: torch.Tensor, plan: Plan, top_k: int) -> torch.Tensor:
         """Of down: `dy W2` of tokens' dy [n, D], as h lies: [P, F]."""

@@ -93,9 +93,7 @@ class Weight(NamedTuple):
         """Inverse of `split`."""
         return x.unflatten(-1, (2, -1)).mT.flatten(-2) if self.is_split else x
 
-    def blocks(
-        self, way: str, plan: Plan, x: torch.Tensor | Rows, run: int = 0
-    ) -> dict[str, Any]:
+    def blocks(self, way: str, plan: Plan, x: torch.Tensor | Rows, run: int = 0) -> dict[str, Any]:
         """What a kernel is compiled for, "forward" or "backward" over runs of so many rows."""
         tile = tile_for(GEMM_TILES[way], x, "BLOCK_K" if way == "forward" else "BLOCK_N")
         even = self.width % tile["BLOCK_K"] == 0 and run % tile["BLOCK_N"] == 0

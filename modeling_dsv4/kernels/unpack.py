@@ -8,7 +8,8 @@ over a fixed power of two, subnormal codes included: no table, no branch. FP4 gi
 even and of odd columns; products take them one after the other, so nothing is interleaved.
 
 What no packer of this house writes is not told apart: E4M3's NaN reads as 480, the scale byte 0
-as 0 and 255 as infinity.
+as 0 and 255 as infinity. What few and many tokens share stands here as well: inputs in FP8, and the
+activation between the two products.
 """
 
 import triton
@@ -90,7 +91,7 @@ def e8m0(byte):
 @triton.jit
 def nearest(x, DTYPE: tl.constexpr):
     """float32 rounded to DTYPE, still as float32; ties go to even, whatever a cast would do."""
-    if DTYPE == tl.bfloat16:
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.uint32, bitcast=True)
         even = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         # A NaN could run over into a zero.
@@ -147,7 +148,7 @@ def fp8_tile(code, scale, DTYPE: tl.constexpr):
 @triton.jit
 def fp8_inputs(code, scale, DTYPE: tl.constexpr):
     """`fp8_tile` of inputs, of which a program opens more than of weights."""
-    if DTYPE == tl.bfloat16:
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
         return tl.inline_asm_elementwise(
             _FP8_ASM, "=&r,=&r,r,r", [code, scale], dtype=tl.bfloat16, is_pure=True, pack=4
         )

@@ -7,8 +7,8 @@
     else        rows sorted by expert, two kernels of gemm.py; backward two more
 
 `covers`, `run`, `run_part` and `grouped` are those of `expert_passes.Family`. A trellis' weights
-are rotated rows; here what they meet is rotated instead, a row of inputs once. Inputs rounded to FP8
-are read as codes by whole numbers; a trellis' are rounded first, then rotated, and read as numbers.
+are rotated rows; here what they meet is rotated instead, a row of inputs once. Inputs rounded to
+FP8 are read as codes by whole numbers; a trellis' are rounded, then rotated, and read as numbers.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Weight(NamedTuple):
         return self.scale.shape[-1]
 
     def in_pieces(self, x: torch.Tensor, group: int, pieces: int = 1) -> Rows:
-        """Inputs [n, columns] in an order, rounded with a group: rotated or not, as `gemv` reads."""
+        """Inputs [n, columns] as `gemv` reads them: codes with a group, rotated for a trellis."""
         if self.trellis:
             return plain_rows(rotate(rounded(x, group) if group else x, 1, 2 * _UNIT))
         if group:
@@ -114,9 +114,7 @@ class Weight(NamedTuple):
         """Inverse of `split`, for gradients: the rotation is symmetric and its own inverse."""
         return rotate(x, 2, 1) if self.trellis else x
 
-    def blocks(
-        self, way: str, plan: Plan, x: torch.Tensor | Rows, run: int = 0
-    ) -> dict[str, Any]:
+    def blocks(self, way: str, plan: Plan, x: torch.Tensor | Rows, run: int = 0) -> dict[str, Any]:
         """What a kernel is compiled for, "forward" or "backward" over a run of so many rows."""
         summed = "BLOCK_K" if way == "forward" else "BLOCK_N"
         tile = tile_for(GEMM_TILES[f"{self.kind} {way}"], x, summed)

@@ -200,7 +200,8 @@ def _experts(dtype: torch.dtype) -> None:
         pair = weight(name, 2 * F, D), weight(name, D, F)
         for tokens in (S, 8):
             x, index = _new(tokens, D, dtype=dtype), _new(tokens, K, dtype=torch.int64)
-            by.run(x, index, _new(tokens, K, dtype=torch.float32), *pair, 1.0)
+            for group in (0, 128):
+                by.run(x, index, _new(tokens, K, dtype=torch.float32), *pair, 1.0, group)
         gate_up, down = by.grouped(_new(S, K, dtype=torch.int64), *pair)
         gate_up(_new(S * K, D, dtype=dtype)), down(_new(S * K, F, dtype=dtype))
         if by is experts and name is not None:

@@ -13,7 +13,7 @@ import torch
 
 import quantize  # noqa: F401  registers the formats
 from modeling_dsv4.formats import get_format
-from modeling_dsv4.moe import Dsv4Experts
+from modeling_dsv4.moe import Dsv4Experts, Fp8Inputs
 from quantize import device_tier
 from quantize.device_tier import DeviceTier, balanced, host_share
 from quantize.experts import StoredExperts
@@ -161,6 +161,27 @@ def test_the_kernels_read_slots(
         module.kernels = "triton"
     for a, b in zip(outputs(again, [1, 20]), outputs(modules, [1, 20]), strict=True):
         assert torch.equal(a, b)
+
+
+def test_slots_are_computed_with_rounded_inputs_too(
+    make: Callable[..., list[StoredExperts]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = pytest.importorskip("modeling_dsv4.kernels.experts")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    groups: list[int] = []
+    monkeypatch.setattr(kernels, "run_part", lambda *given: groups.append(given[-1]))
+    found = []
+    for modules in (make(0), make(5)):
+        for module in modules:
+            module.round_input = Fp8Inputs(32)
+        found.append(outputs(modules, [2, 3]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not groups and modules[0].tier.stats()["device_copies"] > 0
+    for module in modules:
+        module.kernels = "triton"
+    outputs(modules, [2])
+    assert set(groups) == {32}
 
 
 def test_counts_are_the_copies_of_a_least_recently_used_order(

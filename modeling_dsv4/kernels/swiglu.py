@@ -22,13 +22,21 @@ from .launching import on_device_of
 
 
 @triton.jit
+def clamped(a, b, limit):
+    """a from above, b on both sides. What is no number stays none."""
+    a = tl.minimum(a, limit, propagate_nan=tl.PropagateNan.ALL)
+    b = tl.maximum(b, -limit, propagate_nan=tl.PropagateNan.ALL)
+    return a, tl.minimum(b, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def swiglu_kernel(x, weight, out, F, limit, WEIGHTED: tl.constexpr, BF: tl.constexpr):
     blocks = tl.cdiv(F, BF)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     f = (tl.program_id(0) % blocks) * BF + tl.arange(0, BF)
     a = tl.load(x + row * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
     b = tl.load(x + row * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
-    a, b = tl.minimum(a, limit), tl.minimum(tl.maximum(b, -limit), limit)
+    a, b = clamped(a, b, limit)
     u = a * tl.sigmoid(a) * b
     if WEIGHTED:
         u = u * tl.load(weight + row)
@@ -47,7 +55,7 @@ def swiglu_backward_kernel(
         b = tl.load(x + row * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
         g = tl.load(grad + row * F + f, mask=f < F, other=0.0).to(tl.float32)
         free_a, free_b = a <= limit, tl.abs(b) <= limit
-        a, b = tl.minimum(a, limit), tl.minimum(tl.maximum(b, -limit), limit)
+        a, b = clamped(a, b, limit)
         s = tl.sigmoid(a)
         if WEIGHTED:
             acc += g * a * s * b

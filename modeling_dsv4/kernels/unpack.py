@@ -15,6 +15,8 @@ activation between the two products.
 import triton
 import triton.language as tl
 
+from .swiglu import clamped
+
 PLAIN, FP4, FP8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Columns of codes that share a scale in every format (a byte of FP4 is two columns).
 GROUP = tl.constexpr(16)
@@ -110,10 +112,7 @@ def activation(
     if NARROW:
         gate, up = nearest(gate, DTYPE), nearest(up, DTYPE)
     if CLAMP:
-        # What is no number stays none.
-        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
+        gate, up = clamped(gate, up, limit)
     u = gate * tl.sigmoid(gate) * up * weight
     if NARROW:
         u = nearest(u, DTYPE)

@@ -128,6 +128,17 @@ def test_swiglu_clamps_and_weighs_as_the_reference(
     agree(*_both(lambda kernels, x: ops.swiglu(x, limit, None, kernels)), [x], tolerance)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("limit", [0.7, None])
+@pytest.mark.parametrize("half", [0, 1])
+def test_swiglu_keeps_what_is_no_number(half: int, limit: float | None, device: str) -> None:
+    x = torch.ones(3, 2 * 24, device=device)
+    x[1, half * 24 + 5] = torch.nan
+    for kernels in ("torch", "triton"):
+        where = ops.swiglu(x, limit, None, kernels).isnan().nonzero().tolist()
+        assert where == [[1, 5]], kernels
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_swiglu_agrees_at_real_size(agree: Agree, dtype: torch.dtype) -> None:

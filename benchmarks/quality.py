@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantize
 from modeling_dsv4 import formats, ops
 from modeling_dsv4.formats import get_format
+from modeling_dsv4.layers import PLAIN_LINEAR
 from modeling_dsv4.moe import Dsv4Experts
 from quantize.quality import Quality, Reference, noise_floor, run
 from quantize.report import Point, draw
@@ -108,7 +109,7 @@ class Instrument:
 
     def _is_rounded(self, path: str, module: torch.nn.Module) -> bool:
         """Whether a linear map belongs to a layer that is rounded; of the nano none does."""
-        if self.name == "nano" or type(module) is not torch.nn.Linear or ".layers." not in path:
+        if self.name == "nano" or type(module) not in PLAIN_LINEAR or ".layers." not in path:
             return False
         return int(path.split(".")[2]) % self.every == self.every // 2
 

@@ -19,6 +19,7 @@ import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
+from modeling_dsv4.layers import PLAIN_LINEAR, Dsv4Linear
 from modeling_dsv4.storage import Fp8Linear
 from modeling_dsv4.tiled_products import linear_plus
 
@@ -53,7 +54,7 @@ class LoraLinear(PeftLinear):
         if isinstance(base, Fp8Linear):
             return not any(self.lora_bias.values())
         return (
-            type(base) is nn.Linear
+            type(base) in PLAIN_LINEAR
             and getattr(base, "bias", None) is None
             and base.weight.dtype is x.dtype
             and not any(self.lora_bias.values())
@@ -62,7 +63,7 @@ class LoraLinear(PeftLinear):
         )
 
     def _sum(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.base_layer, Fp8Linear):
+        if isinstance(self.base_layer, (Fp8Linear, Dsv4Linear)):
             return self.base_layer(x, delta)
         return linear_plus(x, self.base_layer.weight, delta)
 

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
+from modeling_dsv4.layers import PLAIN_LINEAR
 from modeling_dsv4.moe import ExpertsBase
 
 from .combine import add_weighted_adapter
@@ -78,7 +79,8 @@ class Dsv4LoraModel(LoraModel):
                 return layer(target, adapter_name, config=lora_config, **kwargs)
         if is_packed_linear(base):
             return LoraPackedLinear(target, adapter_name, config=lora_config, **kwargs)
-        if type(base) is nn.Linear and is_ours(self.model) and not lora_config.fan_in_fan_out:
+        plain = type(base) in PLAIN_LINEAR
+        if plain and is_ours(self.model) and not lora_config.fan_in_fan_out:
             return LoraLinear(target, adapter_name, config=lora_config, **kwargs)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 

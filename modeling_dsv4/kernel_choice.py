@@ -15,6 +15,9 @@ from torch import nn
 MODES = ("auto", "torch", "triton")
 # With more tokens than this, torch's operations spread over all cores.
 _FEW_TOKENS = 16
+# Up to so many rows, and from so many bytes of a weight on, a linear map in C is the faster one.
+_FEW_ROWS, _LEAST_BYTES = 8, 1 << 20
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def use_triton(mode: str, x: torch.Tensor) -> bool:
@@ -57,9 +60,41 @@ def use_cpu(mode: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
         return False
     if x.shape[:-2].numel() > _FEW_TOKENS:
         return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
-        return False
-    return _cpu_library()
+    return not _learns(x, *others) and _cpu_library()
+
+
+def use_cpu_linear(
+    mode: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    plus: torch.Tensor | None = None,
+    groups: int = 1,
+) -> bool:
+    """Whether C multiplies x [..., in], or [..., G, in], by a weight [G * O, in].
+
+    "auto", few rows by a weight of float32, bfloat16 or E4M3 that lies in one piece on a CPU, and
+    that is large enough to be worth a call; no gradients, no autocast, no subclass of a tensor.
+    """
+    # Ordered so that the small weights of a small model are seen off at once.
+    return (
+        mode == "auto"
+        and weight.nbytes >= _LEAST_BYTES
+        and x.device.type == weight.device.type == "cpu"
+        and x.shape[-1] * groups * _FEW_ROWS >= x.numel()
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and weight.dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
+        and weight.is_contiguous()
+        and x.shape[-1] == weight.shape[1]
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and not _learns(x, weight, plus)
+        and not torch.is_autocast_enabled("cpu")
+        and _cpu_library()
+    )
+
+
+def _learns(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 @torch.compiler.assume_constant_result

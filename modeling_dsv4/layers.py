@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small shared layers: RMSNorm with the release's rounding, a linear map in float32."""
+"""Small shared layers: RMSNorm with the release's rounding, linear maps."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from . import ops
+from . import linear_ops, ops
 
 
 class RMSNorm(nn.Module):
@@ -24,21 +23,33 @@ class RMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
+class Dsv4Linear(nn.Linear):
+    """torch's linear map; C computes it for few rows of a CPU, see `linear_ops.py`."""
+
+    kernels = "auto"  # see kernel_choice.py
+
+    def forward(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., in] -> [..., out]; `plus` [..., out] is added before the one rounding."""
+        return linear_ops.linear(x, self.weight, self.bias, plus, self.kernels)
+
+
+# Linear maps whose weight is plain numbers, and nothing else.
+PLAIN_LINEAR = (nn.Linear, Dsv4Linear)
+
+
 class Float32Linear(nn.Linear):
     """[..., in] -> [..., out] computed and returned in float32, whatever the dtypes given."""
 
+    kernels = "auto"
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(ops.fp32(x), ops.fp32(self.weight))
+        return linear_ops.float32_linear(x, self.weight, self.kernels)
 
 
 class Float32Head(nn.Linear):
     """`lm_head`: input and weight in float32, whatever the model's dtype; logits are float32."""
 
-    kernels = "auto"  # of a loss over the logits, see kernel_choice.py
+    kernels = "auto"  # also of a loss over the logits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.dtype not in (torch.bfloat16, torch.float16):
-            return F.linear(x.to(self.weight.dtype), self.weight)
-        x = ops.fp32(x)
-        # In blocks of rows: a float32 copy of the whole head would take 2 GB at 129,280 x 4,096.
-        return torch.cat([F.linear(x, rows.float()) for rows in self.weight.split(16384)], dim=-1)
+        return linear_ops.float32_linear(x, self.weight, self.kernels)

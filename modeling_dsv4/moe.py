@@ -18,6 +18,8 @@ from . import ops
 from .configuration_dsv4 import Dsv4Config
 from .formats import WeightFormat, simulate_fp8
 from .kernel_choice import use_triton
+from .layers import Dsv4Linear
+from .linear_ops import float32_linear
 from .precision import Float32Parameters
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -271,6 +273,7 @@ class Dsv4Router(Float32Parameters):
     def __init__(self, config: Dsv4Config, num_experts: int, top_k: int, hashed: bool) -> None:
         super().__init__()
         self.top_k = top_k
+        self.kernels = "auto"
         self.normalize = config.norm_topk_prob
         self.weight_eps = config.router_weight_eps
         self.routed_scaling_factor = config.routed_scaling_factor
@@ -296,7 +299,7 @@ class Dsv4Router(Float32Parameters):
         Returns:
             logits [n, E] float32, weights [n, K] float32, indices [n, K] int64.
         """
-        logits = F.linear(ops.fp32(hidden_states), ops.fp32(self.weight))
+        logits = float32_linear(hidden_states, self.weight, self.kernels)
         scores = F.softplus(logits).sqrt()
         if self.hashed:
             if input_ids is None:
@@ -326,9 +329,9 @@ class Dsv4MLP(nn.Module):
         width = config.moe_intermediate_size * config.n_shared_experts
         self.swiglu_limit = config.swiglu_limit
         self.kernels = "auto"
-        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.gate_proj = Dsv4Linear(config.hidden_size, width, bias=False)
+        self.up_proj = Dsv4Linear(config.hidden_size, width, bias=False)
+        self.down_proj = Dsv4Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""

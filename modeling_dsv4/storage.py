@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from . import linear_ops
 from .configuration_dsv4 import Dsv4Config
 from .formats import (
     FP8_ROWS32,
@@ -22,8 +23,8 @@ from .formats import (
     fp8_block_format,
     get_format,
 )
-from .kernel_choice import use_triton
-from .layers import Float32Head
+from .kernel_choice import use_cpu_linear, use_triton
+from .layers import Dsv4Linear, Float32Head
 from .moe import Dsv4Experts, ExpertsBase, Linear, StackedWeight, Tiles
 from .ops import fp32
 from .tiled_products import frozen_linear, packed_linear, weight_tiles
@@ -65,6 +66,7 @@ class GroupedLinear(nn.Module):
     """
 
     weight: torch.Tensor
+    kernels = "auto"  # see kernel_choice.py
 
     def __init__(self, in_features: int, out_features: int, groups: int) -> None:
         """Make groups of `in_features` inputs each; `out_features` = G * O counts all groups."""
@@ -77,12 +79,7 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         """[..., G, in] -> [..., G, O]; `plus` [..., G, O] is added before the one rounding."""
-        weight = self.weight.unflatten(0, (self.groups, -1))
-        if plus is None:
-            return torch.einsum("...gi,goi->...go", x, weight)
-        rows, base = (t.movedim(-2, 0).flatten(1, -2) for t in (x, plus.to(x.dtype)))
-        y = torch.baddbmm(base, rows, weight.mT)  # [G, n, O]
-        return y.unflatten(1, x.shape[:-2]).movedim(0, -2)
+        return linear_ops.grouped_linear(x, self.weight, self.groups, plus, self.kernels)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, groups={self.groups}"
@@ -105,8 +102,29 @@ class _Fp8Blocks(FrozenStorage):
     def parts(self) -> dict[str, torch.Tensor]:
         return {"": self.weight, "_scale": self.weight_scale_inv}
 
-    def _by_kernel(self, x: torch.Tensor, groups: int | None) -> torch.Tensor | None:
+    def _by_kernel(
+        self, x: torch.Tensor, groups: int | None, plus: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """Few rows [..., in], or [..., G, in], by a kernel; None where it does not compute this."""
+        if use_cpu_linear(self.kernels, x, self.weight, plus, groups=groups or 1):
+            return self._in_c(x, groups, plus)
+        found = self._by_triton(x, groups)
+        return found if found is None or plus is None else (fp32(found) + plus).to(x.dtype)
+
+    def _in_c(
+        self, x: torch.Tensor, groups: int | None, plus: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        from .cpu import linear as in_c
+
+        if not in_c.covers(self.weight_scale_inv, self.format.group):
+            return None
+        if groups is not None:
+            x, plus = x.flatten(-2), None if plus is None else plus.flatten(-2)
+        block = self.format.group
+        y = in_c.linear(x, self.weight, self.weight_scale_inv, plus, block=block)
+        return y if groups is None else y.unflatten(-1, (groups, -1))
+
+    def _by_triton(self, x: torch.Tensor, groups: int | None) -> torch.Tensor | None:
         if not use_triton(self.kernels, x):
             return None
         from .kernels import experts
@@ -148,7 +166,7 @@ class Fp8Linear(_Fp8Blocks, nn.Linear):
         return out
 
     def to_plain(self, dtype: torch.dtype) -> nn.Linear:
-        out = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        out = Dsv4Linear(self.in_features, self.out_features, bias=False, device="meta")
         out.weight = nn.Parameter(self.dequantized(dtype))
         return out
 
@@ -156,10 +174,8 @@ class Fp8Linear(_Fp8Blocks, nn.Linear):
         """[..., in] -> [..., out]; `plus` [..., out] is added, where it can before rounding."""
         if self.round_input is not None:
             x = self.round_input(x)
-        found = self._by_kernel(x, None)
-        if found is None:
-            return packed_linear(x, self.parts(), self.format, plus)
-        return found if plus is None else (fp32(found) + plus).to(x.dtype)
+        found = self._by_kernel(x, None, plus)
+        return packed_linear(x, self.parts(), self.format, plus) if found is None else found
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format.name}"
@@ -190,9 +206,9 @@ class Fp8GroupedLinear(_Fp8Blocks, GroupedLinear):
         return out
 
     def forward(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
-        found = self._by_kernel(x, self.groups)
+        found = self._by_kernel(x, self.groups, plus)
         if found is not None:
-            return found if plus is None else (fp32(found) + plus).to(x.dtype)
+            return found
         o, parts = self.out_features // self.groups, self.parts()
 
         def tiles(group: int) -> Tiles:

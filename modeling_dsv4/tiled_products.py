@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from .formats import Parts, WeightFormat
-from .moe import Tiles
+
+if TYPE_CHECKING:
+    from .moe import Tiles
 
 # Bytes of weight that are wide at a time. On a CPU a tile has to be small enough for the allocator
 # to reuse its memory: fresh pages cost more than the arithmetic (41 ms against 8 for a

@@ -28,6 +28,8 @@ _SECONDS = 120
 def library(folder: Path = HERE) -> ctypes.CDLL | None:
     """The operations of a folder's C files, or None where there is no C compiler or it fails.
 
+    All folders see this one's headers, and call what its files define.
+
     The environment variable CC names the compiler, with arguments (default: cc, gcc or clang);
     DSV4_CACHE the directory that keeps the result (default: dsv4 in the user's cache directory).
     """
@@ -35,8 +37,12 @@ def library(folder: Path = HERE) -> ctypes.CDLL | None:
     if compiler is None:
         _LOG.info("no C compiler: CPUs take torch's operations, many times slower")
         return None
+    # Other folders take their threads from this one's: two pools would fight for the cores.
+    if folder != HERE and library() is None:
+        return None
     try:
-        return ctypes.CDLL(str(build(compiler, cache_directory(), folder)))
+        made = build(compiler, cache_directory(), folder)
+        return ctypes.CDLL(str(made), ctypes.RTLD_GLOBAL if folder == HERE else ctypes.RTLD_LOCAL)
     except (OSError, subprocess.SubprocessError) as error:
         _LOG.warning(
             "%s could not build the CPU operations (%s); torch's are taken, many times slower. "
@@ -91,14 +97,16 @@ def build(compiler: str, directory: Path, folder: Path = HERE) -> Path:
     `compiler` is a command of the shell, as `find_compiler` gives it.
     """
     sources = sorted(folder.glob("*.c"))
-    texts = [path.read_bytes() for path in (*sources, *sorted(folder.glob("*.h")))]
+    headers = [*sorted(folder.glob("*.h")), *sorted(HERE.glob("*.h"))]
+    texts = [path.read_bytes() for path in (*sources, *headers)]
     shaped = b"\0".join([*texts, " ".join((compiler, *_FLAGS)).encode(), _processor().encode()])
     target = directory / f"cpu-{hashlib.sha256(shaped).hexdigest()[:24]}.so"
     if target.exists():
         return target
     with tempfile.TemporaryDirectory(dir=directory) as beside:
         made = Path(beside) / target.name
-        command = [*shlex.split(compiler), *_FLAGS, "-o", str(made), *map(str, sources), "-lm"]
+        command = [*shlex.split(compiler), *_FLAGS, f"-I{HERE}", "-o", str(made)]
+        command += [*map(str, sources), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
         made.replace(target)
     return target

@@ -322,6 +322,8 @@ def other_processor(
         pytest.skip("this processor cannot run it")
     # Not optimized as much: compiling takes most of the time of this file.
     monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-O1", request.param))
+    # Which the other's threads come from.
+    assert build.library() is not None
     other = ctypes.CDLL(str(build.build(COMPILER, tmp_path, CPU)))
     monkeypatch.setattr(cpu_experts, "library", lambda _: other)
     cpu_experts._function.cache_clear()
@@ -373,12 +375,12 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     torch.set_num_threads(2)
     try:
         wanted = _product()
-        assert cpu_experts._function().dsv4_pool_size() >= 1
+        assert build.library().dsv4_pool_size() >= 1
         child = os.fork()
         if not child:
-            alone = cpu_experts._function().dsv4_pool_size() == 0
+            alone = build.library().dsv4_pool_size() == 0
             same = torch.equal(_product(), wanted)
-            os._exit(0 if alone and same and cpu_experts._function().dsv4_pool_size() == 1 else 1)
+            os._exit(0 if alone and same and build.library().dsv4_pool_size() == 1 else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert torch.equal(_product(), wanted)
     finally:
@@ -400,6 +402,6 @@ def test_a_process_ends_with_its_threads_asleep_or_at_work(tmp_path: Path) -> No
     )
     source, program = tmp_path / "main.c", tmp_path / "main"
     source.write_text("\n".join(lines))
-    command = [COMPILER, "-O2", "-pthread", "-o", program, source, CPU / "pool.c"]
+    command = [COMPILER, "-O2", "-pthread", "-o", program, source, build.HERE / "pool.c"]
     subprocess.run(command, check=True, capture_output=True)
     subprocess.run([program], check=True, timeout=20)

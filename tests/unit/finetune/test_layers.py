@@ -179,7 +179,7 @@ def test_what_a_kernel_has_multiplied_is_added_to(
     layer = make(True)
     x = _rows(layer)
     product = _apply(_whole(layer), x).float()
-    monkeypatch.setattr(_Fp8Blocks, "_by_kernel", lambda *_: product)
+    monkeypatch.setattr(_Fp8Blocks, "_by_triton", lambda *_: product)
     expected = _apply(_whole(layer, "default"), x)
     torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=1e-5)
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Threads that sleep between products of experts. */
+ * Threads that sleep between products, for every library of C in this process. */
 #ifndef DSV4_POOL_H
 #define DSV4_POOL_H
 

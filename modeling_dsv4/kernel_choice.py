@@ -5,6 +5,7 @@ The choice is an argument that every dispatching function takes (`kernels=`); mo
 their attribute `kernels`, which `model.set_kernels` writes. Nothing here imports triton.
 """
 
+import math
 import os
 import sys
 from importlib.util import find_spec
@@ -15,8 +16,11 @@ from torch import nn
 MODES = ("auto", "torch", "triton")
 # With more tokens than this, torch's operations spread over all cores.
 _FEW_TOKENS = 16
-# Up to so many rows, and from so many bytes of a weight on, a linear map in C is the faster one.
-_FEW_ROWS, _LEAST_BYTES = 8, 1 << 20
+# Linear maps in C are the faster ones from so many bytes of a weight on, and up to so many rows:
+# torch has a product of its own for bfloat16, and none at all for E4M3.
+_LEAST_BYTES = {torch.float32: 1 << 21, torch.bfloat16: 1 << 17, torch.float8_e4m3fn: 1 << 16}
+_FEW_ROWS = {torch.float32: 8, torch.bfloat16: 4}
+_FEW_WIDENED = 16
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
@@ -78,11 +82,10 @@ def use_cpu_linear(
     # Ordered so that the small weights of a small model are seen off at once.
     return (
         mode == "auto"
-        and weight.nbytes >= _LEAST_BYTES
+        and weight.nbytes >= _LEAST_BYTES.get(weight.dtype, math.inf)
         and x.device.type == weight.device.type == "cpu"
-        and x.shape[-1] * groups * _FEW_ROWS >= x.numel()
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and weight.dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
+        and x.dtype in _FEW_ROWS
+        and x.numel() <= x.shape[-1] * groups * _few_rows(x, weight)
         and weight.is_contiguous()
         and x.shape[-1] == weight.shape[1]
         and type(x) in _PLAIN
@@ -91,6 +94,10 @@ def use_cpu_linear(
         and not torch.is_autocast_enabled("cpu")
         and _cpu_library()
     )
+
+
+def _few_rows(x: torch.Tensor, weight: torch.Tensor) -> int:
+    return _FEW_ROWS[x.dtype] if x.dtype is weight.dtype else _FEW_WIDENED
 
 
 def _learns(*tensors: torch.Tensor | None) -> bool:

@@ -8,7 +8,7 @@
  *     x [m, G * K] --prepare--> rows of float32, in the order that `opened` gives weights in
  *                  --products of TILE_W rows of W with TILE_X of x--> y [m, G * O]
  *
- * A step is what one load of a row of W brings: VECTORS(kind) vectors of float32.
+ * A step is VECTORS(kind) vectors of a row of W: one or two loads.
  */
 #include <stddef.h>
 #include <string.h>
@@ -42,9 +42,9 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 
 enum { FLOAT32, BFLOAT16, E4M3 };
-/* Rows of weights at once; bytes that are fetched ahead of where they are read; rows of weights that
- * a thread takes at most. */
-enum { TILE_W = 4, AHEAD = 2048, MOST_CHUNK = 128 };
+/* Rows of weights at once, where several rows of x share what is loaded; a single row of x reads
+ * weights as they lie. Bytes that are fetched ahead; rows of weights that a thread takes at most. */
+enum { TILE_W = 2, AHEAD = 4096, MOST_CHUNK = 128 };
 
 typedef struct {
     int64_t kind, half_x, half_y;  /* of the weight; whether x, y are bfloat16, else float32 */
@@ -62,7 +62,7 @@ typedef struct {
     int64_t m, chunk_rows, chunks;
 } Call;
 
-INLINE int64_t VECTORS(int kind) { return kind == FLOAT32 ? 1 : kind == BFLOAT16 ? 2 : 4; }
+INLINE int64_t VECTORS(int kind) { return kind == E4M3 ? 4 : 2; }
 INLINE int64_t SIZE(int kind) { return kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1; }
 INLINE int64_t STEP(int kind) { return VECTORS(kind) * LANES; }
 
@@ -139,7 +139,7 @@ INLINE vec e4m3_lanes(uvec code) {
 /* One step of weights as float32, in the order of `column_of`. */
 INLINE void opened(int kind, const uint8_t *at, vec *w) {
     if (kind == FLOAT32) {
-        memcpy(w, at, sizeof *w);
+        memcpy(w, at, 2 * sizeof *w);
     } else if (kind == BFLOAT16) {
         uvec pairs;
         memcpy(&pairs, at, sizeof pairs);
@@ -208,69 +208,65 @@ INLINE void prepare(const Map *a, const int kind, int64_t at) {
     if (c < a->columns) order(a, kind, at * a->columns + c, a->columns - c, ready + c);
 }
 
-/* sums[j][i] += a step of rows j of W times rows i of x. */
-INLINE void add_step(int kind, const uint8_t *w, int64_t row_bytes, const float *x, int64_t stride,
-                     const int r, const int m, vec (*sums)[TILE_X]) {
+/* sums[j][i] += a step of rows j of W times rows i of x, even and odd vectors apart. */
+INLINE void add_step(const int kind, const uint8_t *w, int64_t row_bytes, const float *x,
+                     int64_t stride, const int r, const int m, vec (*sums)[TILE_X][2]) {
     UNROLL
     for (int j = 0; j < r; ++j) {
-        vec opened_row[4];
-        opened(kind, w + j * row_bytes, opened_row);
+        vec row[4];
+        opened(kind, w + j * row_bytes, row);
         UNROLL
         for (int i = 0; i < m; ++i)
             UNROLL
             for (int v = 0; v < VECTORS(kind); ++v)
-                sums[j][i] += opened_row[v] * *(const vec *)(x + i * stride + v * LANES);
+                sums[j][i][v % 2] += row[v] * *(const vec *)(x + i * stride + v * LANES);
     }
 }
 
-/* The columns that fill no step, of rows that end there. */
-INLINE void add_rest(const Map *a, int kind, const uint8_t *w, const float *x, int64_t stride,
-                     const int r, const int m, vec (*sums)[TILE_X]) {
-    const int64_t whole = a->columns / STEP(kind) * STEP(kind), row_bytes = a->columns * SIZE(kind);
-    uint8_t rest[TILE_W * 64];
-    memset(rest, 0, sizeof rest);
+/* Columns [from, to) of r rows; those that fill no step are copied beside zeros. */
+INLINE void add_columns(const Map *a, const int kind, const uint8_t *w, const float *x,
+                        int64_t stride, int64_t from, int64_t to, const int r, const int m,
+                        vec (*sums)[TILE_X][2]) {
+    const int64_t row_bytes = a->columns * SIZE(kind), step = STEP(kind);
+    int64_t c = from;
+    for (; c + step <= to; c += step) {
+        for (int j = 0; j < r; ++j)
+            for (int64_t b = 0; b < step * SIZE(kind); b += 64)
+                __builtin_prefetch(w + j * row_bytes + c * SIZE(kind) + b + AHEAD);
+        add_step(kind, w + c * SIZE(kind), row_bytes, x + c, stride, r, m, sums);
+    }
+    if (c == to) return;
+    uint8_t rest[TILE_W][8 * LANES] = {0};
     for (int j = 0; j < r; ++j)
-        memcpy(rest + j * 64, w + j * row_bytes + whole * SIZE(kind),
-               (size_t)(row_bytes - whole * SIZE(kind)));
-    add_step(kind, rest, 64, x + whole, stride, r, m, sums);
+        memcpy(rest[j], w + j * row_bytes + c * SIZE(kind), (size_t)((to - c) * SIZE(kind)));
+    add_step(kind, rest[0], sizeof rest[0], x + c, stride, r, m, sums);
 }
 
 /* out[j][i] = rows j of W from `row` on times rows i of x. */
-INLINE void tile(const Map *a, int kind, int64_t row, const float *x, int64_t stride, const int r,
-                 const int m, float (*out)[TILE_X]) {
-    const int64_t row_bytes = a->columns * SIZE(kind), step = STEP(kind);
-    const int64_t whole = a->columns / step * step;
-    const uint8_t *w = a->weight + row * row_bytes;
-    vec sums[TILE_W][TILE_X] = {0};
+INLINE void tile(const Map *a, const int kind, int64_t row, const float *x, int64_t stride,
+                 const int r, const int m, float (*out)[TILE_X]) {
+    const uint8_t *w = a->weight + row * a->columns * SIZE(kind);
+    vec sums[TILE_W][TILE_X][2] = {0};
     if (kind != E4M3) {
-        for (int64_t c = 0; c < whole; c += step) {
-            for (int j = 0; j < r; ++j)
-                __builtin_prefetch(w + j * row_bytes + c * SIZE(kind) + AHEAD);
-            add_step(kind, w + c * SIZE(kind), row_bytes, x + c, stride, r, m, sums);
-        }
-        if (whole < a->columns) add_rest(a, kind, w, x, stride, r, m, sums);
+        add_columns(a, kind, w, x, stride, 0, a->columns, r, m, sums);
     } else {
         const uint8_t *scale = a->scale + row / a->block * a->scale_columns;
-        for (int64_t start = 0; start < a->columns; start += a->block, ++scale) {
-            vec parts[TILE_W][TILE_X] = {0};
-            const int64_t end = start + a->block < whole ? start + a->block : whole;
-            for (int64_t c = start; c < end; c += step) {
-                for (int j = 0; j < r; ++j) __builtin_prefetch(w + j * row_bytes + c + AHEAD);
-                add_step(kind, w + c, row_bytes, x + c, stride, r, m, parts);
-            }
-            if (start + a->block > whole && whole < a->columns)
-                add_rest(a, kind, w, x, stride, r, m, parts);
+        for (int64_t from = 0; from < a->columns; from += a->block, ++scale) {
+            vec parts[TILE_W][TILE_X][2] = {0};
+            const int64_t to = from + a->block < a->columns ? from + a->block : a->columns;
+            add_columns(a, kind, w, x, stride, from, to, r, m, parts);
             const float by = power_of(*scale);
             UNROLL
             for (int j = 0; j < r; ++j)
                 UNROLL
-                for (int i = 0; i < m; ++i) sums[j][i] += parts[j][i] * by;
+                for (int i = 0; i < m; ++i)
+                    sums[j][i][0] += (parts[j][i][0] + parts[j][i][1]) * by;
         }
     }
     UNROLL
     for (int j = 0; j < r; ++j)
         UNROLL
-        for (int i = 0; i < m; ++i) out[j][i] = total(sums[j][i]);
+        for (int i = 0; i < m; ++i) out[j][i] = total(sums[j][i][0] + sums[j][i][1]);
 }
 
 /* Rows `row` to `row + r` of W times rows `from` to `from + m` of x; all are of one group. */
@@ -289,7 +285,8 @@ INLINE void products(const Map *a, int kind, int64_t row, const int r, int64_t f
         }
 }
 
-INLINE void all_products(const Map *a, int kind, int64_t row, const int r, int64_t m) {
+/* All of x by r rows of W: tiles of x of TILE_X rows, and what is left. */
+INLINE void all_products(const Map *a, const int kind, int64_t row, const int r, int64_t m) {
     int64_t i = 0;
     for (; i + TILE_X <= m; i += TILE_X) products(a, kind, row, r, i, TILE_X);
     switch (m - i) {
@@ -309,11 +306,11 @@ INLINE void chunk_of(const Call *c, const int kind, int64_t chunk) {
     const int64_t stop = group * a->rows + end;
     for (int64_t row = group * a->rows + first; row < stop;) {
         const int whole = kind != E4M3 || row % a->block + TILE_W <= a->block;
-        if (whole && row + TILE_W <= stop) {
+        if (c->m == 1 || !whole || row + TILE_W > stop) {
+            all_products(a, kind, row++, 1, c->m);
+        } else {
             all_products(a, kind, row, TILE_W, c->m);
             row += TILE_W;
-        } else {
-            all_products(a, kind, row++, 1, c->m);
         }
     }
 }

@@ -10,7 +10,9 @@ packs written as they are, and routers choose nearly evenly: hit rates are those
 Every row is a process of its own with direct reads. The ideal is the larger of what the same work
 takes with all experts resident, and its bytes (/proc/self/io) at the rate that the same run
 measures: direct reads of 4 MiB, eight at a time. A prompt has to read each expert that is not
-there once. The program fails above 1.25 times the ideal per token, or 1.3 per prompt.
+there once. The program fails above 1.25 times the ideal per token, or 1.3 per prompt. The last line
+says what a token reads with all experts resident (every dense weight once, and the experts chosen)
+and at which share of the rate that a sum over 1 GiB has in the same process.
 
 How often a guess is right depends on how much attention changes what a router sees. Drawn weights
 change nearly all of it, so that there is nothing to guess; `--attention` scales what attention
@@ -20,6 +22,7 @@ the bytes of the one without as its ideal: what is read in vain is no part of it
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -55,6 +58,8 @@ class Run:
     rate_in_use: float
     resident: int
     grown: int
+    token_reads: int
+    sum_rate: float
 
 
 def config_of(layers: int, experts: int) -> Any:
@@ -122,6 +127,29 @@ def of_process(file: str, key: str) -> int:
     """A number that the system keeps of this process."""
     lines = Path("/proc/self", file).read_text(encoding="ascii").splitlines()
     return next(int(x.split()[1]) for x in lines if x.startswith(key))
+
+
+def reads_of_a_token(model: torch.nn.Module) -> int:
+    """Bytes of weights that one token reads: all but embeddings; of the experts, those chosen."""
+    from quantize.experts import StoredExperts
+
+    total = 0
+    for module in model.modules():
+        if isinstance(module, StoredExperts):
+            total += model.config.num_experts_per_tok * module.layout.of(0).nbytes
+        elif not isinstance(module, torch.nn.Embedding):
+            total += sum(p.nbytes for p in module.parameters(recurse=False))
+    return total
+
+
+def sum_rate() -> float:
+    """Bytes a second that a sum over 1 GiB reads, the median of five."""
+    data, taken = torch.ones(1 << 27, dtype=torch.int64), []
+    for _ in range(6):
+        start = time.perf_counter()
+        data.sum()
+        taken.append(time.perf_counter() - start)
+    return data.nbytes / statistics.median(taken[1:])
 
 
 class Guesses:
@@ -207,6 +235,17 @@ def measure(
         rate_in_use=after["bytes_read"] / busy if busy else 0.0,
         resident=stores[0].resident_bytes if stores else 0,
         grown=1024 * (of_process("status", "VmRSS") - rss),
+        token_reads=reads_of_a_token(model),
+        sum_rate=sum_rate(),
+    )
+
+
+def said_of_reads(run: Run) -> str:
+    """What a token reads, how fast, and how fast memory is."""
+    rate = run.token_reads / run.token_seconds
+    return (
+        f"a token reads {run.token_reads / 1e6:.0f} MB at {rate / 1e9:.1f} GB/s, "
+        f"{rate / run.sum_rate:.0%} of a sum's {run.sum_rate / 1e9:.1f} GB/s"
     )
 
 
@@ -268,6 +307,7 @@ def compare(directory: Path, total: int, shares: tuple[float, ...], **options: A
         f"{resident.prompt_seconds:.2f} s per prompt of {options['prompt']} tokens, "
         f"loaded in {resident.load_seconds:.1f} s; limits {PER_TOKEN} and {PER_PROMPT}"
     )
+    console.print(said_of_reads(resident))
     return fine
 
 

@@ -82,7 +82,7 @@ def use_cpu_linear(
     # Ordered so that the small weights of a small model are seen off at once.
     return (
         mode == "auto"
-        and weight.nbytes >= _LEAST_BYTES.get(weight.dtype, math.inf)
+        and weight.numel() * weight.dtype.itemsize >= _LEAST_BYTES.get(weight.dtype, math.inf)
         and x.device.type == weight.device.type == "cpu"
         and x.dtype in _FEW_ROWS
         and x.numel() <= x.shape[-1] * groups * _few_rows(x, weight)

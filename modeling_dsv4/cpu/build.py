@@ -42,7 +42,9 @@ def library(folder: Path = HERE) -> ctypes.CDLL | None:
         return None
     try:
         made = build(compiler, cache_directory(), folder)
-        return ctypes.CDLL(str(made), ctypes.RTLD_GLOBAL if folder == HERE else ctypes.RTLD_LOCAL)
+        if folder != HERE:
+            return ctypes.CDLL(str(made))
+        return adopt_threads(ctypes.CDLL(str(made), ctypes.RTLD_GLOBAL))
     except (OSError, subprocess.SubprocessError) as error:
         _LOG.warning(
             "%s could not build the CPU operations (%s); torch's are taken, many times slower. "
@@ -51,6 +53,16 @@ def library(folder: Path = HERE) -> ctypes.CDLL | None:
             _last_line(error),
         )
         return None
+
+
+def adopt_threads(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """Let a library compute on the threads that torch has, where these are libgomp's."""
+    try:
+        parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+    except (AttributeError, OSError):
+        return lib
+    lib.dsv4_adopt(parallel)
+    return lib
 
 
 def find_compiler() -> str | None:

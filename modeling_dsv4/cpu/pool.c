@@ -4,6 +4,9 @@
  * system does not run delays nobody. Everything that a taker must see at once lies in one word,
  * the ticket: which call it is, how many chunks it has, and which comes next. A chunk is taken by
  * adding one to it; that fails if the call is over, and until all chunks are done no other begins.
+ *
+ * Where the program's own OpenMP is known (`dsv4_adopt`), its threads take the chunks: those of a
+ * second pool would wait for a core on which the first one's still spin.
  */
 #include "pool.h"
 
@@ -29,6 +32,23 @@ static struct {
 } pool = {.caller = PTHREAD_MUTEX_INITIALIZER,
           .lock = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER};
+
+/* libgomp's `GOMP_parallel`: calls work(argument) on so many threads, this one among them. */
+typedef void (*Parallel)(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
+static Parallel parallel;
+
+typedef struct {
+    Task task;
+    void *argument;
+    int64_t chunks;
+    _Atomic int64_t next;
+} Shared;
+
+static void take_shared(void *argument) {
+    Shared *s = argument;
+    for (int64_t chunk; (chunk = atomic_fetch_add(&s->next, 1)) < s->chunks;)
+        s->task(s->argument, chunk);
+}
 
 static inline void pause_briefly(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -94,14 +114,26 @@ static void begin_anew(void) {
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.wake, NULL);
     pool.count = pool.sleeping = 0;
+    /* libgomp waits for its lost threads for ever. */
+    parallel = NULL;
     /* Chunks of a call that was under way are the parent's. */
     atomic_store(&pool.ticket, call_of(atomic_load(&pool.ticket)) << 2 * FIELD);
     atomic_store(&pool.stop, 0);
 }
 
+static void guard(void) {
+    if (!pool.guarded) pool.guarded = !pthread_atfork(NULL, NULL, begin_anew);
+}
+
+/* Take the threads of an OpenMP that is in use here; NULL: own ones. */
+void dsv4_adopt(Parallel found) {
+    guard();
+    parallel = pool.guarded ? found : NULL;
+}
+
 static void recruit(int wanted) {
     if (wanted > MOST_WORKERS) wanted = MOST_WORKERS;
-    if (!pool.guarded) pool.guarded = !pthread_atfork(NULL, NULL, begin_anew);
+    guard();
     if (pool.count >= wanted || !pool.guarded) return;
     /* Signals are for the threads of the program. */
     sigset_t all, before;
@@ -121,6 +153,11 @@ static void wake_sleepers(void) {
 }
 
 void dsv4_share(Task task, void *argument, int64_t chunks, int64_t threads) {
+    if (chunks > 1 && threads > 1 && parallel) {
+        Shared shared = {task, argument, chunks, 0};
+        parallel(take_shared, &shared, (unsigned)(threads < chunks ? threads : chunks), 0);
+        return;
+    }
     if (chunks < 2 || threads < 2 || pthread_mutex_trylock(&pool.caller)) {
         for (int64_t chunk = 0; chunk < chunks; ++chunk) task(argument, chunk);
         return;

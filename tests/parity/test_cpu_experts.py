@@ -348,6 +348,18 @@ def _product() -> torch.Tensor:
     return experts.run_expert(0, torch.randn(2, 256), torch.rand(2))
 
 
+@pytest.fixture(params=["torch's threads", "own threads"])
+def pool(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
+    """The library that holds the pool, with torch's threads or with its own."""
+    lib = build.library()
+    assert lib is not None
+    if request.param == "own threads":
+        lib.dsv4_adopt(None)
+    yield lib
+    build.adopt_threads(lib)
+
+
+@pytest.mark.usefixtures("pool")
 def test_calls_from_several_threads_at_once_do_not_meet() -> None:
     before = torch.get_num_threads()
     experts = [stored((256, 256), "fp4", "fp4", LIMIT) for _ in range(4)]
@@ -370,17 +382,16 @@ def test_calls_from_several_threads_at_once_do_not_meet() -> None:
     assert not wrong
 
 
-def test_a_forked_process_has_threads_of_its_own() -> None:
+def test_a_forked_process_has_threads_of_its_own(pool: ctypes.CDLL) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         wanted = _product()
-        assert build.library().dsv4_pool_size() >= 1
         child = os.fork()
         if not child:
-            alone = build.library().dsv4_pool_size() == 0
+            alone = pool.dsv4_pool_size() == 0
             same = torch.equal(_product(), wanted)
-            os._exit(0 if alone and same and build.library().dsv4_pool_size() == 1 else 1)
+            os._exit(0 if alone and same and pool.dsv4_pool_size() == 1 else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert torch.equal(_product(), wanted)
     finally:

@@ -136,9 +136,9 @@ def _matrix(layout: RecordLayout, projection: str, half: int | None) -> _Matrix:
 
 @functools.cache
 def _tables(bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A trellis' pairs [1024, 2] float32, and as bytes half of each column [2, 512]."""
+    """A trellis' pairs [1024, 2] float32, and as bytes half of each column plus 128 [2, 512]."""
     pairs = TRELLISES[f"trellis{bits / 2:g}"].table(torch.device("cpu")).contiguous()
-    return pairs, (pairs[:_CODES] * 32).T.to(torch.int8).contiguous()
+    return pairs, (pairs[:_CODES] * 32 + 128).T.to(torch.uint8).contiguous()
 
 
 @functools.cache

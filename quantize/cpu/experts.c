@@ -13,9 +13,8 @@
 #include <math.h>
 #include <stddef.h>
 
-#include "pairs.h"
+#include "digits.h"
 #include "pool.h"
-#include "unpack.h"
 
 /* PANEL weights of TILE_W rows stay in the first cache. Accumulators fill the registers. */
 #if defined(WIDE)
@@ -48,14 +47,19 @@ INLINE int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to 
 INLINE int64_t padded(const Matrix *a) { return round_up(a->columns, LANES); }
 
 /* A row is in the order of unpack.h; behind it are a grid's sums of blocks, lane by lane, the row as
- * pairs.h wants it, and whether it can be that. Powers of two would put all rows in the same sets
- * of a cache. */
-INLINE int64_t pairs_at(const Matrix *a) {
+ * digits, and a DigitRow. Of few rows the digits stand for all that comes in blocks, if they can.
+ * Powers of two would put all rows in the same sets of a cache. */
+INLINE int64_t digits_at(const Matrix *a) {
     return padded(a) + (is_grid(a->kind) ? padded(a) / BLOCK(a->kind) * LANES : 0);
 }
 
 INLINE int64_t stride_of(const Matrix *a) {
-    return pairs_at(a) + (in_pairs(a->kind) ? padded(a) / 2 : 0) + LANES;
+    const int64_t blocks = in_digits(a->kind) ? blocked(a, a->kind) / BLOCK(a->kind) : 0;
+    return digits_at(a) + blocks * digit_bytes(a->kind) / 4 + LANES;
+}
+
+INLINE DigitRow *digit_row(const Matrix *a, const float *ready) {
+    return (DigitRow *)(ready + stride_of(a) - LANES);
 }
 
 INLINE float total(vec v) {
@@ -93,15 +97,19 @@ static void rotate(const Matrix *a, const float *row, float *out) {
         }
 }
 
-INLINE void order(const Matrix *a, int kind, const float *row, float *ready) {
+INLINE void order(const Matrix *a, int kind, const float *row, int few, float *ready) {
     const int64_t end = blocked(a, kind), block = BLOCK(kind);
+    for (int64_t c = end; c < padded(a); ++c) ready[c] = c < a->columns ? row[c] : 0;
+    DigitRow digits = {0};
+#ifdef DIGITS
+    uint8_t *const at = (uint8_t *)(ready + digits_at(a));
+    if (few && in_digits(kind))
+        digits = is_trellis(kind) ? split_trellis(a, kind, row, at) : split_blocks(a, kind, row, at);
+#endif
+    *digit_row(a, ready) = digits;
+    if (digits.valid) return;
     for (int64_t start = 0; start < end; start += block)
         for (int64_t i = 0; i < block; ++i) ready[start + i] = row[start + column_of(kind, i)];
-    for (int64_t c = end; c < padded(a); ++c) ready[c] = c < a->columns ? row[c] : 0;
-#ifdef PAIRS
-    if (in_pairs(kind))
-        ready[stride_of(a) - 1] = (float)split_pairs(a, kind, row, ready + pairs_at(a));
-#endif
     if (!is_grid(kind)) return;
     for (int64_t start = 0; start < end; start += block) {
         vec sum = {0};
@@ -125,10 +133,10 @@ INLINE void order(const Matrix *a, int kind, const float *row, float *ready) {
         case T8: do_it(T8); break;                                                              \
     }
 
-static void prepare(const Matrix *a, const float *row, float *ready) {
+static void prepare(const Matrix *a, const float *row, int few, float *ready) {
     float rotated[a->rotated ? a->columns : 1];
     if (a->rotated) rotate(a, row, rotated), row = rotated;
-#define ORDER(KIND) order(a, KIND, row, ready)
+#define ORDER(KIND) order(a, KIND, row, few, ready)
     WITH_KIND(a->kind, ORDER)
 #undef ORDER
 }
@@ -136,13 +144,13 @@ static void prepare(const Matrix *a, const float *row, float *ready) {
 static void prepare_x(void *argument, int64_t row) {
     const Call *c = argument;
     const Matrix *a = &c->expert->gate;
-    prepare(a, c->x + row * a->columns, c->ready + row * stride_of(a));
+    prepare(a, c->x + row * a->columns, c->m <= FEW, c->ready + row * stride_of(a));
 }
 
 static void prepare_u(void *argument, int64_t row) {
     const Call *c = argument;
     const Matrix *a = &c->expert->down;
-    prepare(a, c->u + row * a->columns, c->ready + row * stride_of(a));
+    prepare(a, c->u + row * a->columns, c->m <= FEW, c->ready + row * stride_of(a));
 }
 
 /* --- few rows: products of weights in registers ------------------------------------------------*/
@@ -153,47 +161,15 @@ INLINE void add_spelled(const float *w, const float *x, int64_t stride, int64_t 
             sum[i] += *(const vec *)(w + c) * *(const vec *)(x + i * stride + c);
 }
 
-#ifdef PAIRS
 /* sum[i] += blocks of a row times row i of x. */
-INLINE void add_pairs(const Matrix *a, const Row *r, const int kind, const float *x,
-                      int64_t stride, const int m, vec *sum) {
-    const __m512i table = pair_table(kind);
-    const int64_t end = blocked(a, kind), block = BLOCK(kind), at = pairs_at(a);
-    for (int64_t b = 0; b < end / block; ++b) {
-        __m512i w[8];
-        vec zero;
-        __builtin_prefetch(r->codes + b * block_bytes(kind) + AHEAD);
-        const vec scale = unpack_pairs(r, kind, b, table, w, &zero);
-        for (int i = 0; i < m; ++i) {
-            const float *row = x + i * stride;
-            vec product = pair_products(kind, w, row + at + b * block / 2);
-            if (is_grid(kind)) product -= zero * *(const vec *)(row + padded(a) + b * LANES);
-            sum[i] += scale * product;
-        }
-    }
-}
-#endif
-
-/* out[i * apart] = row of the matrix times row i of x, of one to four. */
-INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t row,
-                 const float *x, int64_t stride, const int m, float *out, int64_t apart) {
-    float scratch[row_scratch(a)];
-    const Row r = row_of(a, record, kind, row, scratch);
+INLINE void add_floats(const Matrix *a, const Row *r, const int kind, const float *x,
+                       int64_t stride, const int m, vec *sum) {
     const int64_t block = BLOCK(kind), end = blocked(a, kind);
     const int vectors = (int)(block / LANES);
-    vec sum[4] = {0}, rest[4] = {0};
-    int wide = m;
-#ifdef PAIRS
-    vec narrow[4] = {0};
-    if (in_pairs(kind)) {
-        for (int i = 0; i < m; ++i) wide -= x[i * stride + stride - 1] != 0;
-        if (wide < m) add_pairs(a, &r, kind, x, stride, m, narrow);
-    }
-#endif
-    for (int64_t b = wide ? 0 : end / block; b < end / block; ++b) {
+    for (int64_t b = 0; b < end / block; ++b) {
         vec w[MOST_VECTORS], zero;
-        __builtin_prefetch(r.codes + b * block_bytes(kind) + AHEAD);
-        const vec scale = unpack(a, &r, kind, b, w, &zero);
+        __builtin_prefetch(r->codes + b * block_bytes(kind) + AHEAD);
+        const vec scale = unpack(a, r, kind, b, w, &zero);
         for (int i = 0; i < m; ++i) {
             const vec *at = (const vec *)(x + i * stride + b * block);
             vec product = w[0] * at[0];
@@ -204,13 +180,33 @@ INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t
             sum[i] += scale * product;
         }
     }
-#ifdef PAIRS
-    /* Every row by the same products, whichever lie beside it. */
-    if (in_pairs(kind))
-        for (int i = 0; i < m; ++i)
-            if (x[i * stride + stride - 1] != 0) sum[i] = narrow[i];
+}
+
+/* The same of rows that are digits. */
+INLINE void add_digits(const Matrix *a, const Row *r, const int kind, const float *x,
+                       int64_t stride, const int m, vec *sum) {
+#ifdef DIGITS
+    const uint8_t *digits = (const uint8_t *)(x + digits_at(a));
+    if (!is_trellis(kind)) {
+        add_blocks(a, r, kind, digits, 4 * stride, m, AHEAD, sum);
+        return;
+    }
+    DigitRow *rows[4];
+    for (int i = 0; i < m; ++i) rows[i] = digit_row(a, x + i * stride);
+    add_windows(a, r, kind, digits, 4 * stride, m, AHEAD, rows, sum);
 #endif
-    for (int64_t from = end; from < a->columns; from += 256) {
+}
+
+/* out[i * apart] = row of the matrix times row i of x, of one to four. */
+INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t row,
+                 const float *x, int64_t stride, const int m, const int digits, float *out,
+                 int64_t apart) {
+    float scratch[row_scratch(a)];
+    const Row r = row_of(a, record, kind, row, scratch);
+    vec sum[4] = {0}, rest[4] = {0};
+    if (digits) add_digits(a, &r, kind, x, stride, m, sum);
+    else add_floats(a, &r, kind, x, stride, m, sum);
+    for (int64_t from = blocked(a, kind); from < a->columns; from += 256) {
         float w[256] = {0};
         const int64_t n = a->columns - from < 256 ? a->columns - from : 256;
         spell(a, &r, kind, from, n, w);
@@ -220,22 +216,32 @@ INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t
 }
 
 /* Two rows of x at a time: those lie in the first cache, and for the next two the weights do.
- * Four where unpacking costs more than reading four rows from the second cache. */
+ * Four where unpacking costs more than reading four rows from the second cache. A row is multiplied
+ * in one way, whichever lie beside it. */
 APART void few(const Matrix *a, const uint8_t *record, int64_t first, int64_t n, const float *x,
                int64_t m, float *out, int64_t apart) {
-    const int64_t stride = stride_of(a);
-#define ROWS_OF(KIND, M)                                                                        \
+    const int64_t stride = stride_of(a), most = is_trellis(a->kind) ? 4 : 2;
+#define ROWS_OF(KIND, M, DIGITAL)                                                               \
     for (int64_t row = 0; row < n; ++row)                                                       \
-        dots(a, record, KIND, first + row, x, stride, M, out + row, apart)
+        dots(a, record, KIND, first + row, x, stride, M, DIGITAL, out + row, apart)
+#define SOME_ROWS(KIND, DIGITAL)                                                                \
+    if (some == 1) ROWS_OF(KIND, 1, DIGITAL);                                                   \
+    else if (some == 2 || !is_trellis(KIND)) ROWS_OF(KIND, 2, DIGITAL);                         \
+    else if (some == 3) ROWS_OF(KIND, 3, DIGITAL);                                              \
+    else ROWS_OF(KIND, 4, DIGITAL)
 #define FEW_ROWS(KIND)                                                                          \
-    if (m == 1) ROWS_OF(KIND, 1);                                                               \
-    else if (m == 2 || !is_trellis(KIND)) ROWS_OF(KIND, 2);                                     \
-    else if (m == 3) ROWS_OF(KIND, 3);                                                          \
-    else ROWS_OF(KIND, 4)
-    const int64_t step = is_trellis(a->kind) ? 4 : 2;
-    for (; m > 0; m -= step, x += step * stride, out += step * apart)
+    if (!in_digits(KIND)) { SOME_ROWS(KIND, 0); }                                               \
+    else if (digits) { SOME_ROWS(KIND, 1); }                                                    \
+    else ROWS_OF(KIND, 1, 0)
+    for (int64_t some; m > 0; m -= some, x += some * stride, out += some * apart) {
+        const int digits = digit_row(a, x)->valid;
+        some = 1;
+        while (some < m && some < most && digits == digit_row(a, x + some * stride)->valid) ++some;
+        if (in_digits(a->kind) && !digits) some = 1;
         WITH_KIND(a->kind, FEW_ROWS)
+    }
 #undef FEW_ROWS
+#undef SOME_ROWS
 #undef ROWS_OF
 }
 
@@ -413,7 +419,7 @@ static void share_rows(Call *c, Task task, int64_t rows) {
 int64_t dsv4_expert_scratch(const Expert *e, int64_t m) {
     const int64_t rows = m < MOST_ROWS ? m : MOST_ROWS;
     const int64_t wide = stride_of(&e->gate), narrow = stride_of(&e->down);
-    return rows * ((wide > narrow ? wide : narrow) + e->gate.rows);
+    return rows * (wide > narrow ? wide : narrow) + round_up(rows * e->gate.rows, LANES);
 }
 
 /* x [m, D] contiguous, weights [m], scratch of the size above -> y [m, D]; m at least 1. */
@@ -422,7 +428,8 @@ void dsv4_expert(const Expert *expert, const uint8_t *record, const float *x, co
     const int64_t width = expert->gate.columns, wide = expert->gate.rows;
     for (int64_t at = 0; at < m; at += MOST_ROWS) {
         const int64_t rows = m - at < MOST_ROWS ? m - at : MOST_ROWS;
-        Call c = {expert, record, x + at * width, weights + at, scratch + rows * wide, scratch,
+        Call c = {expert, record, x + at * width, weights + at,
+                  scratch + round_up(rows * wide, LANES), scratch,
                   y + at * width, rows, ROWS, threads > 1 ? threads : 1};
         dsv4_share(prepare_x, &c, rows, threads);
         share_rows(&c, gate_up, wide);

@@ -46,7 +46,7 @@ typedef struct {
     int64_t rotated;                            /* columns of a rotated block, 0 without rotation */
     const float *across;                        /* [blocks, blocks], the rotation across blocks */
     const float *pairs;                         /* [1024, 2], the table of a trellis */
-    const int8_t *planes;                       /* [2, 512], half of it, by place in the pair */
+    const uint8_t *planes;                      /* [2, 512], half of it plus 128, by place */
 } Matrix;
 
 typedef struct {
@@ -268,13 +268,19 @@ INLINE float unit_of(int kind) {
 #endif
 }
 
-/* Lane l gets at[l / lanes]; 16 numbers may be read. */
+/* Lane l gets at[l / lanes], of four numbers or two. */
 INLINE vec spread(const float *at, int lanes) {
 #if defined(WIDE)
     static const int32_t four[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3},
                          eight[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
-    const __m512i place = _mm512_loadu_si512(lanes == 4 ? four : eight);
-    return (vec)_mm512_permutexvar_ps(place, _mm512_loadu_ps(at));
+    if (lanes == 4) {
+        const __m512 all = _mm512_broadcast_f32x4(_mm_loadu_ps(at));
+        return (vec)_mm512_permutevar_ps(all, _mm512_loadu_si512(four));
+    }
+    double both;
+    memcpy(&both, at, sizeof both);
+    const __m512 all = _mm512_castpd_ps(_mm512_set1_pd(both));
+    return (vec)_mm512_permutevar_ps(all, _mm512_loadu_si512(eight));
 #else
     vec out;
     for (int l = 0; l < LANES; ++l) out[l] = at[l / lanes];

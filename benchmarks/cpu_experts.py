@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """One routed expert on this CPU from its packed record: decode and prefill, format by format.
 
-Decode is one token through experts that lie in memory but in no cache, in GB/s of records against
-what a sum of int64 reads in the same run. Prefill is many tokens through one expert, in GFLOP/s
+Decode is one token through experts that lie in memory but in no cache, in large pages as a model's
+do (quantize/pinned.py), in GB/s of records against what a sum of int64 reads in the same run, from
+large pages or small ones, whichever it reads faster. Prefill is many tokens through one expert, in GFLOP/s
 against `F.linear` in float32 of the same run. "torch" is the reference path (`kernels="torch"`).
 Records hold random codes. Measure on an idle machine; the numbers of threads are taken in turn.
 
     python benchmarks/cpu_experts.py                       every format at V4-Flash's sizes
     python benchmarks/cpu_experts.py --formats fp4,int3    some of them
     python benchmarks/cpu_experts.py --threads 1           with one thread alone
+    python benchmarks/cpu_experts.py --decode              one token alone, which is quick
 """
 
 import statistics
@@ -25,6 +27,7 @@ from rich.table import Table
 import quantize.trellis  # noqa: F401  registers its formats
 from quantize.experts import StoredExperts
 from quantize.pack import PackLayout, RecordLayout
+from quantize.pinned import in_huge_pages
 
 HIDDEN, WIDTH, LIMIT = 4096, 2048, 10.0
 FORMATS = (
@@ -45,9 +48,12 @@ def seconds(run: Callable[[int], object], times: int) -> float:
 
 
 def read_rate() -> float:
-    """Bytes a second that a sum over 1 GiB reads."""
-    data = torch.ones(1 << 27, dtype=torch.int64)
-    return data.nbytes / seconds(lambda _: data.sum(), 5)
+    """Bytes a second that a sum over 1 GiB reads, in pages of the size that is faster."""
+    rates = []
+    for place in (lambda data: data, in_huge_pages):
+        data = place(torch.empty(1 << 27, dtype=torch.int64)).fill_(1)
+        rates += [data.nbytes / seconds(lambda _, data=data: data.sum(), 5)]
+    return max(rates)
 
 
 def linear_rate() -> float:
@@ -69,7 +75,8 @@ def experts_of(name: str, count: int) -> StoredExperts:
             parts[""].view(torch.uint8).bitwise_and_(0xBF)
     layouts = PackLayout.repeat(layout, count)
     experts = StoredExperts("experts", count, HIDDEN, WIDTH, LIMIT, layouts)
-    experts.packed = record.repeat(count, 1)
+    experts.packed = in_huge_pages(torch.empty(count, layout.nbytes, dtype=torch.uint8))
+    experts.packed.copy_(record)
     return experts
 
 
@@ -79,11 +86,11 @@ def time_rows(experts: StoredExperts, rows: int, dtype: torch.dtype, times: int)
     return seconds(lambda i: experts.run_expert(i % experts.num_experts, x, weights), times)
 
 
-def add_rows(table: Table, name: str, threads: int, gigabytes: float) -> None:
+def add_rows(table: Table, name: str, threads: int, gigabytes: float, decode: bool) -> None:
     """Measure one format on so many threads."""
     record = RecordLayout.build(HIDDEN, WIDTH, name, name).nbytes
     experts = experts_of(name, max(int(gigabytes * 1e9 / record), 1))
-    read, linear = read_rate(), linear_rate()
+    read = read_rate()
     cells = [name, str(threads), f"{read / 1e9:.1f}"]
     for dtype in (torch.float32, torch.bfloat16):
         taken = time_rows(experts, 1, dtype, experts.num_experts)
@@ -91,6 +98,14 @@ def add_rows(table: Table, name: str, threads: int, gigabytes: float) -> None:
         cells.append(f"{taken * 1e6:.0f}")
         cells.append(f"{rate / 1e9:.1f} ({rate / read:.0%})")
     cells.append(f"{time_rows(experts, 8, torch.float32, 30) * 1e6:.0f}")
+    if not decode:
+        cells += prefill_cells(experts)
+    table.add_row(*cells)
+
+
+def prefill_cells(experts: StoredExperts) -> list[str]:
+    """Measure many tokens, and the reference."""
+    cells, linear = [], linear_rate()
     experts.kernels = "torch"
     cells.append(f"{time_rows(experts, 1, torch.float32, 5) * 1e6:.0f}")
     slow = time_rows(experts, 256, torch.float32, 2)
@@ -100,25 +115,29 @@ def add_rows(table: Table, name: str, threads: int, gigabytes: float) -> None:
         rate = 6 * rows * HIDDEN * WIDTH / time_rows(experts, rows, torch.float32, 3)
         cells.append(f"{rate / 1e9:.0f} ({rate / linear:.0%})")
     cells.append(f"{6 * 256 * HIDDEN * WIDTH / slow / 1e9:.0f}")
-    table.add_row(*cells)
+    return cells
 
 
 def main(
     formats: Annotated[str, typer.Option(help="names, with commas between")] = FORMATS,
     threads: Annotated[str, typer.Option(help="numbers of threads, with commas")] = "1,2",
     gigabytes: Annotated[float, typer.Option(help="of experts that decode goes through")] = 2.0,
+    decode: Annotated[bool, typer.Option("--decode", help="leave out many tokens")] = False,
 ) -> None:
     """Print a table."""
     head = (
         "format", "threads", "read GB/s", "M=1 fp32 us", "GB/s", "M=1 bf16 us", "GB/s", "M=8 us",
         "torch M=1 us", "linear GF/s", *(f"M={m} GF/s" for m in PREFILL), "torch M=256 GF/s",
     )  # fmt: skip
-    table = Table(*head, title=f"one expert, D={HIDDEN} F={WIDTH}; % of read, and of F.linear")
+    table = Table(
+        *head[: 8 if decode else None],
+        title=f"one expert, D={HIDDEN} F={WIDTH}; % of read, and of F.linear",
+    )
     with torch.no_grad():
         for count in map(int, threads.split(",")):
             torch.set_num_threads(count)
             for name in formats.split(","):
-                add_rows(table, name, count, gigabytes)
+                add_rows(table, name, count, gigabytes, decode)
     Console(width=220).print(table)
 
 

@@ -31,6 +31,8 @@ import torch
 
 from modeling_dsv4.formats import get_format
 
+from .pinned import in_huge_pages
+
 ALIGNMENT = 4096
 # Written; version 1, which knew one layout per pack, is read as well.
 VERSION = 2
@@ -475,7 +477,7 @@ class PackFile:
 
     def read_all(self) -> torch.Tensor:
         """Read every record into memory and check it: [E, record] or [bytes] uint8."""
-        records = torch.empty(self.layout.shape, dtype=torch.uint8)
+        records = in_huge_pages(torch.empty(self.layout.shape, dtype=torch.uint8))
         with self.path.open("rb") as file:
             view = records.flatten().numpy().data
             read_exactly(self.path, file.fileno(), view, self.offset)

@@ -18,7 +18,7 @@
 #define DIGITS 1
 #endif
 
-enum { NUM_DIGITS = 3, MOST_BYTES = 4 };
+enum { NUM_DIGITS = 3 };
 
 INLINE int in_digits(int kind) {
 #ifdef DIGITS
@@ -50,19 +50,24 @@ INLINE int64_t byte_column(int kind, int64_t place) {
     return byte * (BLOCK(kind) / 64) + vector;
 }
 
-/* sum + 256^2 w d0 + 256 w d1 + w d2, four columns a lane; the last sum fits, what wraps on the way
- * does not matter. */
-INLINE __m512i digit_products(int kind, const __m512i *w, const uint8_t *digits) {
+/* sums[q] = 256^2 w[q] d0 + 256 w[q] d1 + w[q] d2, four columns a lane; these fit, and what wraps on
+ * the way does not matter. Digits apart: a sum waits for the one before. */
+INLINE void digit_products(int kind, const int rows, const __m512i (*w)[MOST_BYTES],
+                           const uint8_t *digits, __m512i *sums) {
     const int vectors = (int)BLOCK(kind) / 64;
-    __m512i sum = _mm512_setzero_si512();
-    for (int d = 0; d < NUM_DIGITS; ++d) {
-        if (d) sum = _mm512_slli_epi32(sum, 8);
+    __m512i part[AT_ONCE][NUM_DIGITS];
+    for (int q = 0; q < rows; ++q)
+        for (int d = 0; d < NUM_DIGITS; ++d) part[q][d] = _mm512_setzero_si512();
+    for (int d = 0; d < NUM_DIGITS; ++d)
         for (int j = 0; j < vectors; ++j) {
-            const __m512i x = _mm512_loadu_si512(digits + 64 * (d * vectors + j));
-            sum = _mm512_dpbusd_epi32(sum, w[j], x);
+            const __m512i x = held(_mm512_loadu_si512(digits + 64 * (d * vectors + j)));
+            for (int q = 0; q < rows; ++q)
+                part[q][d] = _mm512_dpbusd_epi32(part[q][d], w[q][j], x);
         }
+    for (int q = 0; q < rows; ++q) {
+        const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(part[q][0], 8), part[q][1]);
+        sums[q] = _mm512_add_epi32(_mm512_slli_epi32(high, 8), part[q][2]);
     }
-    return sum;
 }
 
 /* --- the other factor --------------------------------------------------------------------------*/
@@ -111,9 +116,10 @@ INLINE void split_block(int kind, const float *row, int shift, uint8_t *digits) 
 
 /* Sums of a block's numbers, lane by lane, in units. */
 INLINE __m512i digit_sums(int kind, const uint8_t *digits) {
-    __m512i ones[MOST_BYTES];
-    for (int j = 0; j < MOST_BYTES; ++j) ones[j] = _mm512_set1_epi8(1);
-    return digit_products(kind, ones, digits);
+    __m512i ones[1][MOST_BYTES], sums;
+    for (int j = 0; j < MOST_BYTES; ++j) ones[0][j] = _mm512_set1_epi8(1);
+    digit_products(kind, 1, ones, digits, &sums);
+    return sums;
 }
 
 INLINE DigitRow split_trellis(const Matrix *a, int kind, const float *row, uint8_t *digits) {
@@ -160,21 +166,21 @@ INLINE DigitRow split_blocks(const Matrix *a, int kind, const float *row, uint8_
 /* Bytes of a block, in the order of `byte_column`. */
 INLINE void unpack_bytes(const Row *r, const int kind, int64_t b, __m512i *w) {
     if (kind == INT3) {
-        static const uint8_t six[64] = {
+        static const uint8_t six[64] IN_LINES = {
             0,  1,  2,  3,  4,  5,  0, 0, 6,  7,  8,  9,  10, 11, 0, 0, 12, 13, 14, 15, 16, 17,
             0,  0,  18, 19, 20, 21, 22, 23, 0, 0, 24, 25, 26, 27, 28, 29, 0, 0, 30, 31, 32, 33,
             34, 35, 0,  0,  36, 37, 38, 39, 40, 41, 0, 0, 42, 43, 44, 45, 46, 47, 0, 0};
         /* Places of the bits of codes 0 to 3 and 8 to 11, of those behind each. */
         const __m512i first = _mm512_set1_epi64(0x211e1b1809060300),
                       second = _mm512_set1_epi64(0x2d2a272415120f0c);
-        const __m512i bytes = _mm512_maskz_loadu_epi8((UINT64_C(1) << 48) - 1, r->codes + 48 * b);
+        const __m512i bytes = _mm512_loadu_si512(r->codes + 48 * b);
         const __m512i words = _mm512_permutexvar_epi8(_mm512_loadu_si512(six), bytes);
         const __m512i low = _mm512_set1_epi8(7);
         w[0] = _mm512_and_si512(_mm512_multishift_epi64_epi8(first, words), low);
         w[1] = _mm512_and_si512(_mm512_multishift_epi64_epi8(second, words), low);
         return;
     }
-    const __m512i codes = _mm512_loadu_si512(r->codes + 64 * b);
+    const __m512i codes = held(_mm512_loadu_si512(r->codes + 64 * b));
     if (kind == FP4) {
         const __m512i table = _mm512_broadcast_i32x4(
             _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
@@ -190,22 +196,22 @@ INLINE void unpack_bytes(const Row *r, const int kind, int64_t b, __m512i *w) {
 /* Scales of a block's lanes, and zeros in their own steps. */
 INLINE vec byte_lanes(const Row *r, const int kind, int64_t b, vec *zero) {
     if (kind == FP4) return spread(r->scale + 4 * b, 4);
-    static const uint8_t two[64] = {
+    static const uint8_t two[64] IN_LINES = {
         128, 128, 0, 1, 128, 128, 0, 1, 128, 128, 0, 1, 128, 128, 0, 1,
         128, 128, 0, 1, 128, 128, 0, 1, 128, 128, 0, 1, 128, 128, 0, 1,
         128, 128, 2, 3, 128, 128, 2, 3, 128, 128, 2, 3, 128, 128, 2, 3,
         128, 128, 2, 3, 128, 128, 2, 3, 128, 128, 2, 3, 128, 128, 2, 3};
-    static const uint8_t four[64] = {
+    static const uint8_t four[64] IN_LINES = {
         128, 128, 0, 1, 128, 128, 0, 1, 128, 128, 0, 1, 128, 128, 0, 1,
         128, 128, 2, 3, 128, 128, 2, 3, 128, 128, 2, 3, 128, 128, 2, 3,
         128, 128, 4, 5, 128, 128, 4, 5, 128, 128, 4, 5, 128, 128, 4, 5,
         128, 128, 6, 7, 128, 128, 6, 7, 128, 128, 6, 7, 128, 128, 6, 7};
-    static const uint8_t two_zeros[64] = {
+    static const uint8_t two_zeros[64] IN_LINES = {
         0, 128, 128, 128, 0, 128, 128, 128, 0, 128, 128, 128, 0, 128, 128, 128,
         0, 128, 128, 128, 0, 128, 128, 128, 0, 128, 128, 128, 0, 128, 128, 128,
         1, 128, 128, 128, 1, 128, 128, 128, 1, 128, 128, 128, 1, 128, 128, 128,
         1, 128, 128, 128, 1, 128, 128, 128, 1, 128, 128, 128, 1, 128, 128, 128};
-    static const uint8_t four_zeros[64] = {
+    static const uint8_t four_zeros[64] IN_LINES = {
         0, 128, 128, 128, 0, 128, 128, 128, 0, 128, 128, 128, 0, 128, 128, 128,
         1, 128, 128, 128, 1, 128, 128, 128, 1, 128, 128, 128, 1, 128, 128, 128,
         2, 128, 128, 128, 2, 128, 128, 128, 2, 128, 128, 128, 2, 128, 128, 128,
@@ -226,60 +232,72 @@ INLINE vec byte_lanes(const Row *r, const int kind, int64_t b, vec *zero) {
     return (vec)_mm512_shuffle_epi8(scales, at);
 }
 
-/* sum[i] += blocks of a row times row i of x, whose digits lie `apart` bytes apart. */
-INLINE void add_blocks(const Matrix *a, const Row *r, const int kind, const uint8_t *digits,
-                       int64_t apart, const int m, const int64_t ahead, vec *sum) {
+/* sum[q * m + i] += blocks of row q times row i of x, whose digits lie `apart` bytes apart. */
+INLINE void add_blocks(const Matrix *a, const Row *r, const int rows, const int kind,
+                       const uint8_t *digits, int64_t apart, const int m, const int64_t ahead,
+                       vec *sum) {
     const int64_t blocks = blocked(a, kind) / BLOCK(kind);
     for (int64_t b = 0; b < blocks; ++b) {
-        __m512i w[MOST_BYTES];
-        vec zero;
-        __builtin_prefetch(r->codes + b * block_bytes(kind) + ahead);
-        unpack_bytes(r, kind, b, w);
-        const vec scale = byte_lanes(r, kind, b, &zero);
+        __m512i w[AT_ONCE][MOST_BYTES], whole[AT_ONCE];
+        vec zero[AT_ONCE], scale[AT_ONCE];
+        for (int q = 0; q < rows; ++q) {
+            __builtin_prefetch(r[q].codes + b * block_bytes(kind) + ahead);
+            unpack_bytes(r + q, kind, b, w[q]);
+            scale[q] = byte_lanes(r + q, kind, b, zero + q);
+        }
         for (int i = 0; i < m; ++i) {
             const uint8_t *at = digits + i * apart + b * digit_bytes(kind);
             const uint8_t *behind = at + NUM_DIGITS * BLOCK(kind);
-            __m512i whole = digit_products(kind, w, at);
-            if (kind == FP4) whole = _mm512_add_epi32(whole, _mm512_loadu_si512(behind));
-            vec product = (vec)_mm512_cvtepi32_ps(whole);
-            if (kind != FP4) product -= zero * *(const vec *)behind;
-            sum[i] += scale * (product * *(const float *)(behind + 64));
+            const __m512i sums = held(_mm512_loadu_si512(behind));
+            const __m512 unit = (__m512)held((__m512i)splat(*(const float *)(behind + 64)));
+            digit_products(kind, rows, w, at, whole);
+            for (int q = 0; q < rows; ++q) {
+                if (kind == FP4) whole[q] = _mm512_add_epi32(whole[q], sums);
+                __m512 product = _mm512_cvtepi32_ps(whole[q]);
+                if (kind != FP4)
+                    product = _mm512_fnmadd_ps((__m512)zero[q], (__m512)sums, product);
+                product = _mm512_mul_ps(product, unit);
+                vec *const to = sum + q * m + i;
+                *to = (vec)_mm512_fmadd_ps((__m512)scale[q], product, (__m512)*to);
+            }
         }
     }
 }
 
-/* Sums of a block's windows by digits, one vector for each digit. */
-INLINE void add_window_bytes(const int kind, const __m512i *w, const uint8_t *digits,
-                             __m512i *sums) {
-    const int vectors = (int)BLOCK(kind) / 64;
-    for (int j = 0; j < vectors; ++j)
-        for (int d = 0; d < NUM_DIGITS; ++d) {
-            const __m512i x = _mm512_loadu_si512(digits + 64 * (d * vectors + j));
-            sums[d] = _mm512_dpbusd_epi32(sums[d], w[j], x);
-        }
-}
-
-/* sum[i], of which one lane alone is not zero, is the blocks of a trellis' row times row i of x. */
-INLINE void add_windows(const Matrix *a, const Row *r, const int kind, const uint8_t *digits,
-                        int64_t apart, const int m, const int64_t ahead, DigitRow **rows,
-                        vec *sum) {
+/* sum[q * m + i], of which one lane alone is not zero, is row q of a trellis times row i of x. */
+INLINE void add_windows(const Matrix *a, const Row *r, const int rows, const int kind,
+                        const uint8_t *digits, int64_t apart, const int m, const int64_t ahead,
+                        DigitRow **of, vec *sum) {
     const int64_t blocks = blocked(a, kind) / BLOCK(kind);
-    __m512i sums[4][NUM_DIGITS], w[MOST_BYTES];
-    for (int i = 0; i < m; ++i)
+    const int vectors = (int)BLOCK(kind) / 64;
+    __m512i sums[AT_ONCE * AT_ONCE][NUM_DIGITS], w[AT_ONCE][MOST_BYTES];
+    for (int i = 0; i < rows * m; ++i)
         for (int d = 0; d < NUM_DIGITS; ++d) sums[i][d] = _mm512_setzero_si512();
     for (int64_t b = 0; b < blocks; ++b) {
-        __builtin_prefetch(r->codes + b * block_bytes(kind) + ahead);
-        if (b) window_bytes(a, r, kind - TRELLIS, b, 0, w);
-        else window_bytes(a, r, kind - TRELLIS, b, 1, w);
-        for (int i = 0; i < m; ++i)
-            add_window_bytes(kind, w, digits + i * apart + b * digit_bytes(kind), sums[i]);
+        for (int q = 0; q < rows; ++q)
+            __builtin_prefetch(r[q].codes + b * block_bytes(kind) + ahead);
+        if (b) window_bytes(a, r, rows, kind - TRELLIS, b, 0, w);
+        else window_bytes(a, r, rows, kind - TRELLIS, b, 1, w);
+        for (int i = 0; i < m; ++i) {
+            const uint8_t *at = digits + i * apart + b * digit_bytes(kind);
+            for (int j = 0; j < vectors; ++j)
+                for (int d = 0; d < NUM_DIGITS; ++d) {
+                    const __m512i x = held(_mm512_loadu_si512(at + 64 * (d * vectors + j)));
+                    for (int q = 0; q < rows; ++q) {
+                        __m512i *const to = &sums[q * m + i][d];
+                        *to = _mm512_dpbusd_epi32(*to, w[q][j], x);
+                    }
+                }
+        }
     }
-    for (int i = 0; i < m; ++i) {
-        int64_t whole = -128 * rows[i]->sum;
-        for (int d = 0; d < NUM_DIGITS; ++d)
-            whole += (int64_t)_mm512_reduce_add_epi32(sums[i][d]) * (1 << 8 * (NUM_DIGITS - 1 - d));
-        sum[i] = (vec){(float)whole * rows[i]->unit * r->factor};
-    }
+    for (int q = 0; q < rows; ++q)
+        for (int i = 0; i < m; ++i) {
+            int64_t whole = -128 * of[i]->sum;
+            for (int d = 0; d < NUM_DIGITS; ++d)
+                whole += (int64_t)_mm512_reduce_add_epi32(sums[q * m + i][d]) *
+                         (1 << 8 * (NUM_DIGITS - 1 - d));
+            sum[q * m + i] = (vec){(float)whole * of[i]->unit * r[q].factor};
+        }
 }
 #endif
 

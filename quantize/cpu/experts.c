@@ -27,7 +27,7 @@ enum { TILE_X = 2, TILE_W = 2 };
 enum { PANEL = 1024, PANEL_STRIDE = PANEL + LANES, ROWS = 12, MOST_ROWS = 128 };
 /* Rows of x that are few, and rows of weights that one thread then takes at once: what is fetched
  * ahead is its own. Bytes of codes that are. */
-enum { FEW = 8, FEW_CHUNK = MOST_ROWS * ROWS / FEW, AHEAD = 16384 };
+enum { FEW = 8, FEW_CHUNK = MOST_ROWS * ROWS / FEW, AHEAD = 8192 };
 
 typedef struct {
     Matrix gate, up, down;
@@ -182,66 +182,74 @@ INLINE void add_floats(const Matrix *a, const Row *r, const int kind, const floa
     }
 }
 
-/* The same of rows that are digits. */
-INLINE void add_digits(const Matrix *a, const Row *r, const int kind, const float *x,
-                       int64_t stride, const int m, vec *sum) {
+/* sum[q * m + i], of row q of the matrix, for rows of x that are digits. */
+INLINE void add_digits(const Matrix *a, const Row *r, const int rows, const int kind,
+                       const float *x, int64_t stride, const int m, vec *sum) {
 #ifdef DIGITS
     const uint8_t *digits = (const uint8_t *)(x + digits_at(a));
     if (!is_trellis(kind)) {
-        add_blocks(a, r, kind, digits, 4 * stride, m, AHEAD, sum);
+        add_blocks(a, r, rows, kind, digits, 4 * stride, m, AHEAD, sum);
         return;
     }
-    DigitRow *rows[4];
-    for (int i = 0; i < m; ++i) rows[i] = digit_row(a, x + i * stride);
-    add_windows(a, r, kind, digits, 4 * stride, m, AHEAD, rows, sum);
+    DigitRow *of[AT_ONCE];
+    for (int i = 0; i < m; ++i) of[i] = digit_row(a, x + i * stride);
+    add_windows(a, r, rows, kind, digits, 4 * stride, m, AHEAD, of, sum);
 #endif
 }
 
-/* out[i * apart] = row of the matrix times row i of x, of one to four. */
+/* out[i * apart + q] = row q of one or two of the matrix times row i of x, of one or two. */
 INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t row,
-                 const float *x, int64_t stride, const int m, const int digits, float *out,
-                 int64_t apart) {
-    float scratch[row_scratch(a)];
-    const Row r = row_of(a, record, kind, row, scratch);
-    vec sum[4] = {0}, rest[4] = {0};
-    if (digits) add_digits(a, &r, kind, x, stride, m, sum);
-    else add_floats(a, &r, kind, x, stride, m, sum);
-    for (int64_t from = blocked(a, kind); from < a->columns; from += 256) {
-        float w[256] = {0};
-        const int64_t n = a->columns - from < 256 ? a->columns - from : 256;
-        spell(a, &r, kind, from, n, w);
-        add_spelled(w, x + from, stride, round_up(n, LANES), m, rest);
+                 const int rows, const float *x, int64_t stride, const int m, const int digits,
+                 float *out, int64_t apart) {
+    const int64_t room = row_scratch(a);
+    float scratch[rows * room];
+    Row r[AT_ONCE];
+    vec sum[AT_ONCE * AT_ONCE] = {0};
+    for (int q = 0; q < rows; ++q) r[q] = row_of(a, record, kind, row + q, scratch + q * room);
+    if (digits) add_digits(a, r, rows, kind, x, stride, m, sum);
+    else add_floats(a, r, kind, x, stride, m, sum);
+    for (int q = 0; q < rows; ++q) {
+        vec rest[AT_ONCE] = {0};
+        for (int64_t from = blocked(a, kind); from < a->columns; from += 256) {
+            float w[256] = {0};
+            const int64_t n = a->columns - from < 256 ? a->columns - from : 256;
+            spell(a, r + q, kind, from, n, w);
+            add_spelled(w, x + from, stride, round_up(n, LANES), m, rest);
+        }
+        for (int i = 0; i < m; ++i)
+            out[i * apart + q] = total(sum[q * m + i] + rest[i] * r[q].factor);
     }
-    for (int i = 0; i < m; ++i) out[i * apart] = total(sum[i] + rest[i] * r.factor);
 }
 
-/* Two rows of x at a time: those lie in the first cache, and for the next two the weights do.
- * Four where unpacking costs more than reading four rows from the second cache. A row is multiplied
- * in one way, whichever lie beside it. */
+/* Two rows of x lie in the first cache, and for the next two the weights do. A row of x alone takes
+ * two of the matrix, so that each reads the other's numbers along. A row is multiplied in one way,
+ * whichever lie beside it. */
 APART void few(const Matrix *a, const uint8_t *record, int64_t first, int64_t n, const float *x,
                int64_t m, float *out, int64_t apart) {
-    const int64_t stride = stride_of(a), most = is_trellis(a->kind) ? 4 : 2;
-#define ROWS_OF(KIND, M, DIGITAL)                                                               \
-    for (int64_t row = 0; row < n; ++row)                                                       \
-        dots(a, record, KIND, first + row, x, stride, M, DIGITAL, out + row, apart)
-#define SOME_ROWS(KIND, DIGITAL)                                                                \
-    if (some == 1) ROWS_OF(KIND, 1, DIGITAL);                                                   \
-    else if (some == 2 || !is_trellis(KIND)) ROWS_OF(KIND, 2, DIGITAL);                         \
-    else if (some == 3) ROWS_OF(KIND, 3, DIGITAL);                                              \
-    else ROWS_OF(KIND, 4, DIGITAL)
+    const int64_t stride = stride_of(a);
+#define ROWS_OF(KIND, ROWS, M, DIGITAL)                                                         \
+    for (; row + ROWS <= n; row += ROWS)                                                        \
+        dots(a, record, KIND, first + row, ROWS, x, stride, M, DIGITAL, out + row, apart)
 #define FEW_ROWS(KIND)                                                                          \
-    if (!in_digits(KIND)) { SOME_ROWS(KIND, 0); }                                               \
-    else if (digits) { SOME_ROWS(KIND, 1); }                                                    \
-    else ROWS_OF(KIND, 1, 0)
+    if (!digits && some == 1) {                                                                 \
+        ROWS_OF(KIND, 1, 1, 0);                                                                 \
+    } else if (!in_digits(KIND)) {                                                              \
+        ROWS_OF(KIND, 1, 2, 0);                                                                 \
+    } else if (some == 2) {                                                                     \
+        ROWS_OF(KIND, 1, 2, 1);                                                                 \
+    } else {                                                                                    \
+        ROWS_OF(KIND, 2, 1, 1);                                                                 \
+        ROWS_OF(KIND, 1, 1, 1);                                                                 \
+    }
     for (int64_t some; m > 0; m -= some, x += some * stride, out += some * apart) {
         const int digits = digit_row(a, x)->valid;
-        some = 1;
-        while (some < m && some < most && digits == digit_row(a, x + some * stride)->valid) ++some;
-        if (in_digits(a->kind) && !digits) some = 1;
+        int64_t row = 0;
+        /* Rows that are no digits, where others are, come one by one. */
+        const int together = digits || !in_digits(a->kind);
+        some = m > 1 && together && digit_row(a, x + stride)->valid == digits ? 2 : 1;
         WITH_KIND(a->kind, FEW_ROWS)
     }
 #undef FEW_ROWS
-#undef SOME_ROWS
 #undef ROWS_OF
 }
 

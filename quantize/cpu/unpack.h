@@ -26,8 +26,12 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define APART static __attribute__((noinline))
+/* A register's load that begins in a line of the cache touches no other. */
+#define IN_LINES __attribute__((aligned(64)))
 
-enum { LANES = 16, MOST_VECTORS = 16 };
+/* Vectors of a block, as numbers and as bytes; rows of weights, and of the other
+ * factor, at once. */
+enum { LANES = 16, MOST_VECTORS = 16, MOST_BYTES = 4, AT_ONCE = 2 };
 
 /* A compiler makes of it what the processor has: one register, or several. */
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
@@ -54,6 +58,14 @@ typedef struct {
     const float *scale; /* of every group in blocks, in E8M0 formats */
     float factor;       /* of the whole row */
 } Row;
+
+#ifdef WIDE
+/* In a register. A compiler would rather load again at every use, and loads are what is scarce. */
+INLINE __m512i held(__m512i v) {
+    __asm__("" : "+v"(v));
+    return v;
+}
+#endif
 
 INLINE int is_trellis(int kind) { return kind >= TRELLIS; }
 
@@ -131,19 +143,36 @@ INLINE float e4m3(uint32_t byte) {
 }
 
 /* Numbers of scratch that `row_of` wants. */
-INLINE int64_t row_scratch(const Matrix *a) { return a->columns / 32 + LANES; }
+INLINE int64_t row_scratch(const Matrix *a) {
+    const int64_t scales = a->columns / 32, codes = a->row_bytes / 4;
+    return (scales > codes ? scales : codes) + 2 * LANES;
+}
+
+/* Whether whole registers are loaded that reach up to 63 bytes beyond a block. */
+INLINE int reaches_far(int kind) {
+#ifdef BYTE_SHUFFLES
+    return kind == INT3 || (is_trellis(kind) && kind != T8 && kind != T4);
+#else
+    (void)kind;
+    return 0;
+#endif
+}
 
 INLINE Row row_of(const Matrix *a, const uint8_t *record, int kind, int64_t row, float *scratch) {
-    Row r = {record + a->codes + row * a->row_bytes,
-             record + a->scales + row / a->row_block * a->scale_bytes,
+    const int64_t scales = kind == FP8 ? row / a->row_block : row;
+    Row r = {record + a->codes + row * a->row_bytes, record + a->scales + scales * a->scale_bytes,
              record + a->zeros + row * a->zero_bytes, NULL, NULL, 1};
+    /* Behind the last row the memory may end. */
+    if (reaches_far(kind) && row == a->rows - 1)
+        r.codes = memcpy(scratch, r.codes, a->row_bytes);
     r.end = r.codes + a->row_bytes;
     if (is_trellis(kind)) {
         r.factor = bits_to_float(half_word(r.scales) << 16);
         return r;
     }
     if (kind == FP4 || kind == FP8) {
-        const int64_t groups = (blocked(a, kind) + a->group - 1) / a->group;
+        const int64_t group = kind == FP4 ? usual_group(kind) : a->group;
+        const int64_t groups = (blocked(a, kind) + group - 1) / group;
         for (int64_t g = 0; g < groups; ++g) scratch[g] = e8m0(r.scales[g]);
         r.scale = scratch;
     }
@@ -271,8 +300,8 @@ INLINE float unit_of(int kind) {
 /* Lane l gets at[l / lanes], of four numbers or two. */
 INLINE vec spread(const float *at, int lanes) {
 #if defined(WIDE)
-    static const int32_t four[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3},
-                         eight[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+    static const int32_t four[16] IN_LINES = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3},
+                         eight[16] IN_LINES = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
     if (lanes == 4) {
         const __m512 all = _mm512_broadcast_f32x4(_mm_loadu_ps(at));
         return (vec)_mm512_permutevar_ps(all, _mm512_loadu_si512(four));
@@ -313,14 +342,14 @@ INLINE vec grid_lanes(const Row *r, int bits, int64_t b, vec *zero) {
     return (vec)(scale & 0xffff0000u);
 }
 
-/* Dwords of three bytes each: 48 bytes from `at` on. */
+/* Dwords of three bytes each: 48 bytes from `at` on, of which 64 are readable. */
 INLINE uvec three_bytes(const uint8_t *at) {
 #if defined(BYTE_SHUFFLES)
     static const uint8_t place[64] = {
         0,  1,  2,  0, 3,  4,  5,  0, 6,  7,  8,  0, 9,  10, 11, 0, 12, 13, 14, 0, 15, 16,
         17, 0,  18, 19, 20, 0, 21, 22, 23, 0, 24, 25, 26, 0, 27, 28, 29, 0, 30, 31, 32, 0,
         33, 34, 35, 0,  36, 37, 38, 0, 39, 40, 41, 0, 42, 43, 44, 0, 45, 46, 47, 0};
-    const __m512i bytes = _mm512_maskz_loadu_epi8((UINT64_C(1) << 48) - 1, at);
+    const __m512i bytes = _mm512_loadu_si512(at);
     return (uvec)_mm512_permutexvar_epi8(_mm512_loadu_si512(place), bytes);
 #else
     uvec out;

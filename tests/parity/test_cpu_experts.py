@@ -159,7 +159,7 @@ def test_codes_of_fp8_that_are_nan_are_nan(width: int) -> None:
 def test_threads_and_inputs_that_are_not_contiguous_change_no_bit() -> None:
     before = torch.get_num_threads()
     try:
-        for name in ("fp4", "trellis3"):
+        for name in ("fp4", "int2", "int3", "trellis3"):
             experts = stored((512, 160), name, name, LIMIT)
             x, weights = torch.randn(512, 131).t(), torch.rand(131, 2)[:, 1]
             for m in (1, 3, 131):
@@ -173,19 +173,48 @@ def test_threads_and_inputs_that_are_not_contiguous_change_no_bit() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["fp4", "int4", "int2"])
-def test_a_row_is_the_same_beside_rows_that_need_more_bits(name: str) -> None:
-    experts = stored(SIZES[0], name, name, LIMIT)
-    x, weights = torch.randn(2, SIZES[0][0]), torch.rand(2)
-    # The first is made of bfloat16; the second is not, by one number.
-    x = x.bfloat16().float()
-    x[1, 77] *= 1 + 2.0**-12
-    both = experts.run_expert(0, x, weights)
-    for i in range(2):
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_is_the_same_beside_rows_that_are_not_finite(name: str) -> None:
+    experts = stored((512, 256), name, name, LIMIT)
+    x, weights = torch.randn(6, 512), torch.rand(6)
+    x[1, 77], x[2, 300], x[4, 500] = torch.inf, torch.nan, -torch.inf
+    found = experts.run_expert(0, x, weights)
+    for i in range(6):
         alone = experts.run_expert(0, x[i : i + 1], weights[i : i + 1])
-        assert torch.equal(both[i : i + 1], alone)
-    change = both[1] - experts.run_expert(0, x.bfloat16().float(), weights)[1]
-    assert change.abs().max() > 0
+        torch.testing.assert_close(found[i : i + 1], alone, rtol=0, atol=0, equal_nan=True)
+    finite = [row.isfinite().all().item() for row in found]
+    assert finite == [True, False, False, True, False, True]
+    assert torch.equal(found[2].isnan(), torch.ones(512, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+def test_outliers_zeros_and_any_size_are_as_exact(name: str, dtype: torch.dtype) -> None:
+    experts, weights = stored((512, 256), name, name, None), torch.rand(5) + 0.5
+    x = torch.randn(5, 512)
+    x[0, 200], x[1], x[2, :256], x[3] = 3e3, 0, 0, x[3] * 2.0**-40
+    x = x.to(dtype)
+    found, wanted = experts.run_expert(0, x, weights).double(), exact(experts, x, weights)
+    size = wanted.abs().amax(-1, keepdim=True)
+    assert ((found - wanted).abs() <= EPS[dtype] * wanted.abs() + 2.0**-18.6 * size).all()
+    assert found[1].eq(0).all() and found[3].abs().amax() > 0
+
+
+@pytest.mark.parametrize("name", ["fp4", *GRIDS])
+def test_an_outlier_takes_no_digits_from_other_blocks(name: str) -> None:
+    experts = stored((512, 256), name, name, None)
+    scale = experts.layout.of(0).decode(experts.packed[0])["gate_up_proj"]["_scale"]
+    # The block's weights are next to nothing, so that the outlier in it adds nothing.
+    block = 256 // (512 // scale.shape[-1])
+    if name == "fp4":
+        scale.view(torch.uint8)[..., :block] = 0
+    else:
+        scale[..., :block] = 2.0**-120
+    x, weights = torch.randn(1, 512), torch.ones(1)
+    without = experts.run_expert(0, x, weights)
+    x[0, 3] = 2.0**40
+    found, close = experts.run_expert(0, x, weights), 2.0**-20 * without.abs().max().item()
+    torch.testing.assert_close(found, without, rtol=0, atol=close)
 
 
 def test_torchs_defaults_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

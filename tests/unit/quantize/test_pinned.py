@@ -5,14 +5,16 @@ A runtime of CUDA is stood in for; what is checked is what it is asked.
 """
 
 import gc
+import mmap
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from quantize import pinned as module
-from quantize.pinned import pinned
+from quantize.pinned import in_huge_pages, page_aligned, pinned
 
 SIZE = 1 << 16
 
@@ -95,3 +97,35 @@ def test_a_forked_process_unlocks_nothing(
     del buffer
     gc.collect()
     assert runtime.freed == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's list of memory")
+@pytest.mark.parametrize("make", [page_aligned, lambda n: in_huge_pages(torch.empty(n).byte())])
+def test_large_memory_asks_for_large_pages(make: Any) -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this system has none")
+    buffer = make(5 << 20)
+    buffer.fill_(3)
+    middle, asked = buffer.data_ptr() + (2 << 20), None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head:
+            first, last = (int(x, 16) for x in head.split("-"))
+            inside = first <= middle < last
+        elif head == "VmFlags:" and inside:
+            asked = "hg" in line.split()
+    assert asked is True and buffer.sum() == 3 * buffer.numel()
+
+
+def test_memory_stays_as_it_is_where_nobody_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    small, large = torch.empty(1 << 20).byte(), torch.empty(5 << 20, dtype=torch.uint8)
+    monkeypatch.setattr(module, "_madvise", lambda: None)
+    assert in_huge_pages(large) is large
+    monkeypatch.setattr(module, "_madvise", lambda: lambda *asked: calls.append(asked) or -1)
+    assert in_huge_pages(small) is small and not calls
+    # Whole pages of the tensor, and none of what lies beside it.
+    assert in_huge_pages(large[100:]).data_ptr() == large.data_ptr() + 100
+    ((start, size, _),) = calls
+    assert start % mmap.PAGESIZE == size % mmap.PAGESIZE == 0
+    assert large.data_ptr() + 100 <= start and start + size <= large.data_ptr() + large.nbytes

@@ -3,9 +3,10 @@
 
 Decode is one token through experts that lie in memory but in no cache, in large pages as a model's
 do (quantize/pinned.py), in GB/s of records against what a sum of int64 reads in the same run, from
-large pages or small ones, whichever it reads faster. Prefill is many tokens through one expert, in GFLOP/s
-against `F.linear` in float32 of the same run. "torch" is the reference path (`kernels="torch"`).
-Records hold random codes. Measure on an idle machine; the numbers of threads are taken in turn.
+large pages or small ones, whichever it reads faster. Prefill is many tokens through one expert, in
+GFLOP/s against `F.linear` in float32 of the same run. "torch" is the reference path
+(`kernels="torch"`). Records hold random codes. Measure on an idle machine; the numbers of threads
+are taken in turn.
 
     python benchmarks/cpu_experts.py                       every format at V4-Flash's sizes
     python benchmarks/cpu_experts.py --formats fp4,int3    some of them

@@ -221,29 +221,33 @@ INLINE void dots(const Matrix *a, const uint8_t *record, const int kind, int64_t
     }
 }
 
-/* Two rows of x lie in the first cache, and for the next two the weights do. A row of x alone takes
- * two of the matrix, so that each reads the other's numbers along. A row is multiplied in one way,
- * whichever lie beside it. */
+/* Two rows of x lie in the first cache, and for the next two the weights do. As digits they take two
+ * rows of the matrix at a time, so that each reads the other's numbers along. A row is multiplied in
+ * one way, whichever lie beside it. */
 APART void few(const Matrix *a, const uint8_t *record, int64_t first, int64_t n, const float *x,
                int64_t m, float *out, int64_t apart) {
     const int64_t stride = stride_of(a);
-#define ROWS_OF(KIND, ROWS, M, DIGITAL)                                                         \
-    for (; row + ROWS <= n; row += ROWS)                                                        \
-        dots(a, record, KIND, first + row, ROWS, x, stride, M, DIGITAL, out + row, apart)
+#define ROWS_OF(KIND, ROWS, AT, M, DIGITAL)                                                     \
+    for (row = done; row + ROWS <= n; row += ROWS)                                              \
+        dots(a, record, KIND, first + row, ROWS, x + (AT) * stride, stride, M, DIGITAL,         \
+             out + (AT) * apart + row, apart)
 #define FEW_ROWS(KIND)                                                                          \
-    if (!digits && some == 1) {                                                                 \
-        ROWS_OF(KIND, 1, 1, 0);                                                                 \
-    } else if (!in_digits(KIND)) {                                                              \
-        ROWS_OF(KIND, 1, 2, 0);                                                                 \
-    } else if (some == 2) {                                                                     \
-        ROWS_OF(KIND, 1, 2, 1);                                                                 \
+    if (digits && in_digits(KIND)) {                                                            \
+        if (some == 2) {                                                                        \
+            ROWS_OF(KIND, 2, 0, 2, 1);                                                          \
+        } else {                                                                                \
+            ROWS_OF(KIND, 2, 0, 1, 1);                                                          \
+        }                                                                                       \
+        done = row;                                                                             \
+        for (int i = 0; i < some; ++i) ROWS_OF(KIND, 1, i, 1, 1);                               \
+    } else if (some == 2 && !in_digits(KIND)) {                                                 \
+        ROWS_OF(KIND, 1, 0, 2, 0);                                                              \
     } else {                                                                                    \
-        ROWS_OF(KIND, 2, 1, 1);                                                                 \
-        ROWS_OF(KIND, 1, 1, 1);                                                                 \
+        ROWS_OF(KIND, 1, 0, 1, 0);                                                              \
     }
     for (int64_t some; m > 0; m -= some, x += some * stride, out += some * apart) {
         const int digits = digit_row(a, x)->valid;
-        int64_t row = 0;
+        int64_t row, done = 0;
         /* Rows that are no digits, where others are, come one by one. */
         const int together = digits || !in_digits(a->kind);
         some = m > 1 && together && digit_row(a, x + stride)->valid == digits ? 2 : 1;

@@ -234,14 +234,13 @@ INLINE vec byte_lanes(const Row *r, const int kind, int64_t b, vec *zero) {
 
 /* sum[q * m + i] += blocks of row q times row i of x, whose digits lie `apart` bytes apart. */
 INLINE void add_blocks(const Matrix *a, const Row *r, const int rows, const int kind,
-                       const uint8_t *digits, int64_t apart, const int m, const int64_t ahead,
-                       vec *sum) {
+                       const uint8_t *digits, int64_t apart, const int m, vec *sum) {
     const int64_t blocks = blocked(a, kind) / BLOCK(kind);
     for (int64_t b = 0; b < blocks; ++b) {
         __m512i w[AT_ONCE][MOST_BYTES], whole[AT_ONCE];
         vec zero[AT_ONCE], scale[AT_ONCE];
         for (int q = 0; q < rows; ++q) {
-            __builtin_prefetch(r[q].codes + b * block_bytes(kind) + ahead);
+            __builtin_prefetch(r[q].codes + b * block_bytes(kind) + bytes_ahead(kind));
             unpack_bytes(r + q, kind, b, w[q]);
             scale[q] = byte_lanes(r + q, kind, b, zero + q);
         }
@@ -266,8 +265,8 @@ INLINE void add_blocks(const Matrix *a, const Row *r, const int rows, const int 
 
 /* sum[q * m + i], of which one lane alone is not zero, is row q of a trellis times row i of x. */
 INLINE void add_windows(const Matrix *a, const Row *r, const int rows, const int kind,
-                        const uint8_t *digits, int64_t apart, const int m, const int64_t ahead,
-                        DigitRow **of, vec *sum) {
+                        const uint8_t *digits, int64_t apart, const int m, DigitRow **of,
+                        vec *sum) {
     const int64_t blocks = blocked(a, kind) / BLOCK(kind);
     const int vectors = (int)BLOCK(kind) / 64;
     __m512i sums[AT_ONCE * AT_ONCE][NUM_DIGITS], w[AT_ONCE][MOST_BYTES];
@@ -275,7 +274,7 @@ INLINE void add_windows(const Matrix *a, const Row *r, const int rows, const int
         for (int d = 0; d < NUM_DIGITS; ++d) sums[i][d] = _mm512_setzero_si512();
     for (int64_t b = 0; b < blocks; ++b) {
         for (int q = 0; q < rows; ++q)
-            __builtin_prefetch(r[q].codes + b * block_bytes(kind) + ahead);
+            __builtin_prefetch(r[q].codes + b * block_bytes(kind) + bytes_ahead(kind));
         if (b) window_bytes(a, r, rows, kind - TRELLIS, b, 0, w);
         else window_bytes(a, r, rows, kind - TRELLIS, b, 1, w);
         for (int i = 0; i < m; ++i) {

@@ -26,8 +26,8 @@ enum { TILE_X = 2, TILE_W = 2 };
 #endif
 enum { PANEL = 1024, PANEL_STRIDE = PANEL + LANES, ROWS = 12, MOST_ROWS = 128 };
 /* Rows of x that are few, and rows of weights that one thread then takes at once: what is fetched
- * ahead is its own. Bytes of codes that are. */
-enum { FEW = 8, FEW_CHUNK = MOST_ROWS * ROWS / FEW, AHEAD = 8192 };
+ * ahead is its own. */
+enum { FEW = 8, FEW_CHUNK = MOST_ROWS * ROWS / FEW };
 
 typedef struct {
     Matrix gate, up, down;
@@ -168,7 +168,7 @@ INLINE void add_floats(const Matrix *a, const Row *r, const int kind, const floa
     const int vectors = (int)(block / LANES);
     for (int64_t b = 0; b < end / block; ++b) {
         vec w[MOST_VECTORS], zero;
-        __builtin_prefetch(r->codes + b * block_bytes(kind) + AHEAD);
+        __builtin_prefetch(r->codes + b * block_bytes(kind) + bytes_ahead(kind));
         const vec scale = unpack(a, r, kind, b, w, &zero);
         for (int i = 0; i < m; ++i) {
             const vec *at = (const vec *)(x + i * stride + b * block);
@@ -188,12 +188,12 @@ INLINE void add_digits(const Matrix *a, const Row *r, const int rows, const int 
 #ifdef DIGITS
     const uint8_t *digits = (const uint8_t *)(x + digits_at(a));
     if (!is_trellis(kind)) {
-        add_blocks(a, r, rows, kind, digits, 4 * stride, m, AHEAD, sum);
+        add_blocks(a, r, rows, kind, digits, 4 * stride, m, sum);
         return;
     }
     DigitRow *of[AT_ONCE];
     for (int i = 0; i < m; ++i) of[i] = digit_row(a, x + i * stride);
-    add_windows(a, r, rows, kind, digits, 4 * stride, m, AHEAD, of, sum);
+    add_windows(a, r, rows, kind, digits, 4 * stride, m, of, sum);
 #endif
 }
 
@@ -421,7 +421,7 @@ static void down(void *argument, int64_t chunk) {
 static void share_rows(Call *c, Task task, int64_t rows) {
     c->chunk_rows = ROWS;
     if (c->m <= FEW) { /* As many as leave every thread a few turns. */
-        const int64_t fair = rows / (16 * c->threads);
+        const int64_t fair = rows / (8 * c->threads);
         c->chunk_rows = fair < ROWS ? ROWS : fair < FEW_CHUNK ? fair : FEW_CHUNK;
     }
     dsv4_share(task, c, (rows + c->chunk_rows - 1) / c->chunk_rows, c->threads);

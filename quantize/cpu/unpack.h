@@ -81,6 +81,9 @@ INLINE int64_t block_bytes(int kind) {
     return is_trellis(kind) ? BLOCK(kind) * (kind - TRELLIS) / 16 : kind == INT3 ? 48 : 64;
 }
 
+/* Bytes of codes between what is fetched and what is computed with; measured, of 4 to 32 KiB. */
+INLINE int64_t bytes_ahead(int kind) { return is_trellis(kind) ? 4096 : 8192; }
+
 INLINE int64_t usual_group(int kind) { return kind == FP4 ? 32 : 64; }
 
 /* Columns that come in blocks; the rest is spelled. */

@@ -193,29 +193,21 @@ INLINE void unpack_bytes(const Row *r, const int kind, int64_t b, __m512i *w) {
         w[j] = _mm512_and_si512(_mm512_srli_epi16(codes, (unsigned)(kind * j)), low);
 }
 
+/* Bytes of four lanes: a bfloat16 as a float32, a byte as a whole number. */
+#define FLOAT_FROM(AT) 128, 128, AT, AT + 1
+#define WHOLE_FROM(AT) AT, 128, 128, 128
+#define FOUR_LANES(FROM, AT) FROM(AT), FROM(AT), FROM(AT), FROM(AT)
+/* Two groups a block, and four. */
+#define LANES_OF(FROM, A, B, C, D) \
+    {FOUR_LANES(FROM, A), FOUR_LANES(FROM, B), FOUR_LANES(FROM, C), FOUR_LANES(FROM, D)}
+static const uint8_t SCALES_AT[2][64] IN_LINES = {LANES_OF(FLOAT_FROM, 0, 0, 2, 2),
+                                                  LANES_OF(FLOAT_FROM, 0, 2, 4, 6)};
+static const uint8_t ZEROS_AT[2][64] IN_LINES = {LANES_OF(WHOLE_FROM, 0, 0, 1, 1),
+                                                 LANES_OF(WHOLE_FROM, 0, 1, 2, 3)};
+
 /* Scales of a block's lanes, and zeros in their own steps. */
 INLINE vec byte_lanes(const Row *r, const int kind, int64_t b, vec *zero) {
     if (kind == FP4) return spread(r->scale + 4 * b, 4);
-    static const uint8_t two[64] IN_LINES = {
-        128, 128, 0, 1, 128, 128, 0, 1, 128, 128, 0, 1, 128, 128, 0, 1,
-        128, 128, 0, 1, 128, 128, 0, 1, 128, 128, 0, 1, 128, 128, 0, 1,
-        128, 128, 2, 3, 128, 128, 2, 3, 128, 128, 2, 3, 128, 128, 2, 3,
-        128, 128, 2, 3, 128, 128, 2, 3, 128, 128, 2, 3, 128, 128, 2, 3};
-    static const uint8_t four[64] IN_LINES = {
-        128, 128, 0, 1, 128, 128, 0, 1, 128, 128, 0, 1, 128, 128, 0, 1,
-        128, 128, 2, 3, 128, 128, 2, 3, 128, 128, 2, 3, 128, 128, 2, 3,
-        128, 128, 4, 5, 128, 128, 4, 5, 128, 128, 4, 5, 128, 128, 4, 5,
-        128, 128, 6, 7, 128, 128, 6, 7, 128, 128, 6, 7, 128, 128, 6, 7};
-    static const uint8_t two_zeros[64] IN_LINES = {
-        0, 128, 128, 128, 0, 128, 128, 128, 0, 128, 128, 128, 0, 128, 128, 128,
-        0, 128, 128, 128, 0, 128, 128, 128, 0, 128, 128, 128, 0, 128, 128, 128,
-        1, 128, 128, 128, 1, 128, 128, 128, 1, 128, 128, 128, 1, 128, 128, 128,
-        1, 128, 128, 128, 1, 128, 128, 128, 1, 128, 128, 128, 1, 128, 128, 128};
-    static const uint8_t four_zeros[64] IN_LINES = {
-        0, 128, 128, 128, 0, 128, 128, 128, 0, 128, 128, 128, 0, 128, 128, 128,
-        1, 128, 128, 128, 1, 128, 128, 128, 1, 128, 128, 128, 1, 128, 128, 128,
-        2, 128, 128, 128, 2, 128, 128, 128, 2, 128, 128, 128, 2, 128, 128, 128,
-        3, 128, 128, 128, 3, 128, 128, 128, 3, 128, 128, 128, 3, 128, 128, 128};
     __m512i scales, zeros;
     if (kind == INT2) {
         int64_t many;
@@ -226,8 +218,8 @@ INLINE vec byte_lanes(const Row *r, const int kind, int64_t b, vec *zero) {
         scales = _mm512_set1_epi32((int)word(r->scales + 4 * b));
         zeros = _mm512_set1_epi16((short)half_word(r->zeros + 2 * b));
     }
-    const __m512i at = _mm512_loadu_si512(kind == INT2 ? four : two);
-    const __m512i zeros_at = _mm512_loadu_si512(kind == INT2 ? four_zeros : two_zeros);
+    const __m512i at = _mm512_loadu_si512(SCALES_AT[kind == INT2]);
+    const __m512i zeros_at = _mm512_loadu_si512(ZEROS_AT[kind == INT2]);
     *zero = (vec)_mm512_cvtepi32_ps(_mm512_shuffle_epi8(zeros, zeros_at));
     return (vec)_mm512_shuffle_epi8(scales, at);
 }

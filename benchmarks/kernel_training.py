@@ -76,12 +76,14 @@ def backbone_step(model: Any, sizes: Sizes) -> Callable[[], object]:
 def without_mhc(model: Any) -> Any:
     """The same layers around one residual stream: a model of `hc_mult` 1 whose sites only add."""
 
-    def add(site: Any, block: Any, streams: torch.Tensor, handed: torch.Tensor) -> Any:
-        u, more = block(streams[:, :, 0])
-        return streams + u[:, :, None], handed, more
+    def add(attend: Any, think: Any, streams: torch.Tensor, handed: torch.Tensor) -> Any:
+        u, seen = attend(streams[:, :, 0])
+        streams = streams + u[:, :, None]
+        u, thought = think(streams[:, :, 0])
+        return streams + u[:, :, None], handed, seen, thought
 
     for layer in model.model.layers:
-        layer._site = add
+        layer._sites = add
     model.model.hc_head = torch.nn.Flatten(2)
     return model
 

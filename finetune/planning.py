@@ -229,7 +229,7 @@ def _plan(model: _Model, machine: Machine, settings: Settings, flops: int) -> Tr
     parts = [Part(name, fast, size) for name, size in device.items()]
     parts += [Part(name, "ram", size) for name, size in host.items()]
     # What the placement does not know of is dense to it, or memory that is not there.
-    asked = replace(sizes, dense=beside, draft=0, cache=0)
+    asked = replace(sizes, dense=beside, draft=0, cache=0, layers=None)
     placed = place(asked, replace(machine, ram=max(1, machine.ram - sum(host.values()))))
     if placed.problem:
         problem = problem or _shortfall(sizes, machine, host, beside)

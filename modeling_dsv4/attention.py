@@ -32,7 +32,7 @@ from .compressor import Compressor
 from .configuration_dsv4 import Dsv4Config
 from .indexer import Indexer, Selection, visible
 from .kernel_choice import use_triton
-from .layers import Dsv4Linear, RMSNorm
+from .layers import RMSNorm
 from .outputs import Reading
 from .precision import Float32Parameters
 from .rotary import norm_rotate, rotate, rotation
@@ -74,13 +74,13 @@ class Dsv4Attention(Float32Parameters):
         h, c, g = config.num_attention_heads, config.head_dim, config.o_groups
         self.heads, self.channels, self.groups = h, c, g
         self.scaling = c**-0.5
-        self.q_a_proj = Dsv4Linear(config.hidden_size, config.q_lora_rank, bias=False)
+        self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
         self.q_a_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-        self.q_b_proj = Dsv4Linear(config.q_lora_rank, h * c, bias=False)
-        self.kv_proj = Dsv4Linear(config.hidden_size, c, bias=False)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, h * c, bias=False)
+        self.kv_proj = nn.Linear(config.hidden_size, c, bias=False)
         self.kv_norm = RMSNorm(c, config.rms_norm_eps)
         self.o_a_proj = GroupedLinear(h * c // g, g * config.o_lora_rank, g)
-        self.o_b_proj = Dsv4Linear(g * config.o_lora_rank, config.hidden_size, bias=False)
+        self.o_b_proj = nn.Linear(g * config.o_lora_rank, config.hidden_size, bias=False)
         self.sinks = nn.Parameter(torch.empty(h, dtype=torch.float32))
         self.rounding: Rounding | None = None  # see simulation.py
         self.kernels = "auto"  # see kernel_choice.py

@@ -19,7 +19,7 @@ from torch import nn
 from . import ops
 from .cache_stores import Ring
 from .configuration_dsv4 import Dsv4Config
-from .layers import Dsv4Linear, Float32Linear, RMSNorm
+from .layers import Float32Linear, RMSNorm
 from .precision import Float32Parameters
 from .segments import Segments, Windows
 
@@ -34,7 +34,7 @@ class Compressor(Float32Parameters):
         width = 2 * channels if self.overlap else channels
         self.kernels = "auto"  # see kernel_choice.py
         # Called as modules, never by their weights: offloading and adapters hook into the call.
-        linear = Float32Linear if ratio > 1 else Dsv4Linear
+        linear = Float32Linear if ratio > 1 else nn.Linear
         self.kv_proj = linear(config.hidden_size, width, bias=False)
         self.gate_proj = linear(config.hidden_size, width, bias=False) if ratio > 1 else None
         self.position_bias = (

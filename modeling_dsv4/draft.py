@@ -33,7 +33,7 @@ from .cache_stores import DraftRings, Ring
 from .configuration_dsv4 import Dsv4Config
 from .draft_plan import DraftCounts
 from .hyper_connection import HyperHead, first_pre
-from .layers import Dsv4Linear, Float32Linear, RMSNorm
+from .layers import Float32Linear, RMSNorm
 from .rotary import rotation
 from .segments import RowState
 
@@ -80,7 +80,7 @@ class MarkovHead(nn.Module):
         super().__init__()
         rank = config.dspark_markov_rank or 0
         self.embed = nn.Embedding(config.vocab_size, rank)
-        self.head = Dsv4Linear(rank, config.vocab_size, bias=False)
+        self.head = nn.Linear(rank, config.vocab_size, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [...] -> what the token before adds to the logits [..., V]."""
@@ -109,12 +109,12 @@ class Dsv4DraftStage(Dsv4DecoderLayer):
         mtp = config.draft_kind == "mtp"
         last = stage == config.num_draft_layers - 1
         if mtp:
-            self.e_proj = Dsv4Linear(d, d, bias=False)
-            self.h_proj = Dsv4Linear(d, d, bias=False)
+            self.e_proj = nn.Linear(d, d, bias=False)
+            self.h_proj = nn.Linear(d, d, bias=False)
             self.enorm, self.hnorm = RMSNorm(d, eps), RMSNorm(d, eps)
         elif stage == 0:
             targets = len(config.dspark_target_layer_ids or ())
-            self.main_proj = Dsv4Linear(targets * d, d, bias=False)
+            self.main_proj = nn.Linear(targets * d, d, bias=False)
             self.main_norm = RMSNorm(d, eps)
         if mtp or last:
             self.norm = RMSNorm(d, eps)

@@ -24,7 +24,6 @@ from .cache_stores import Ring
 from .configuration_dsv4 import Dsv4Config
 from .engram_hash import DEAD, EngramHash
 from .kernel_choice import use_triton
-from .layers import Dsv4Linear
 from .segments import Segments
 
 
@@ -58,7 +57,7 @@ class Engram(nn.Module):
         tables = (config.engram_max_ngram_size - 1) * config.engram_n_heads
         rows = config.engram_num_embeddings[self.position]
         self.embed = nn.Embedding(rows, config.engram_head_dim)
-        self.kv_proj = Dsv4Linear(tables * config.engram_head_dim, (n + 1) * d, bias=False)
+        self.kv_proj = nn.Linear(tables * config.engram_head_dim, (n + 1) * d, bias=False)
         self.q_weight = nn.Parameter(torch.ones(n, d))
         self.k_weight = nn.Parameter(torch.ones(n, d))
         self.gate = EngramGate(config.rms_norm_eps)

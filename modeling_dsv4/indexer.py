@@ -25,7 +25,7 @@ from .compressor import Compressor
 from .configuration_dsv4 import Dsv4Config
 from .formats import FP4
 from .kernel_choice import use_triton
-from .layers import Dsv4Linear, RMSNorm
+from .layers import RMSNorm
 from .rotary import rotate, rotation
 from .segments import Segments, Windows
 
@@ -65,12 +65,12 @@ class Indexer(nn.Module):
         self.heads, self.channels = config.index_n_heads, config.index_head_dim
         self.owns_keys = config.kv_source(layer_idx) == layer_idx
         self.makes_candidates = layer_idx == config.candidate_source_layer_id
-        self.q_b_proj = Dsv4Linear(config.q_lora_rank, self.heads * self.channels, bias=False)
-        self.weights_proj = Dsv4Linear(config.hidden_size, self.heads, bias=False)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * self.channels, bias=False)
+        self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
         if config.index_key == "compressor":
             self.compressor = Compressor(config, ratio, self.channels)
         elif self.owns_keys:
-            self.k_proj = Dsv4Linear(config.head_dim, self.channels, bias=False)
+            self.k_proj = nn.Linear(config.head_dim, self.channels, bias=False)
             self.k_norm = RMSNorm(self.channels, config.rms_norm_eps)
 
     @torch.no_grad()

@@ -24,7 +24,10 @@ class RMSNorm(nn.Module):
 
 
 class Dsv4Linear(nn.Linear):
-    """torch's linear map; C computes it for few rows of a CPU, see `linear_ops.py`."""
+    """torch's linear map; C computes it for few rows of a CPU, see `linear_ops.py`.
+
+    `from_pretrained` makes it of every `nn.Linear` once all is loaded.
+    """
 
     kernels = "auto"  # see kernel_choice.py
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -26,6 +27,7 @@ from .checkpoint import check_own, detect_layout, fit_config, load_foreign
 from .configuration_dsv4 import Dsv4Config
 from .engram_hash import DEAD, build_token_map, check_token_map
 from .hf_quantizer import RELEASE_METHOD
+from .layers import Dsv4Linear
 from .safetensors_file import read_index
 from .weight_map import TOKEN_MAP, our_inventory
 
@@ -83,9 +85,10 @@ class PretrainedLoading(_Base):
                 tokenizer that does not give the Engram map's size.
         """
         if pretrained_model_name_or_path is None or kwargs.get("state_dict") is not None:
-            return super().from_pretrained(
+            loaded = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, **kwargs
             )
+            return _with_fast_maps(loaded)
         directory = _local_directory(pretrained_model_name_or_path, kwargs)
         config, kwargs = _read_config(cls, config or directory, kwargs)
         config._name_or_path = str(pretrained_model_name_or_path)
@@ -111,7 +114,8 @@ class PretrainedLoading(_Base):
             _pack_experts_beside_bitsandbytes(config, kwargs)
             if dequantize and getattr(config, "quantization_config", None):
                 config.quantization_config["dequantize"] = True
-            return super().from_pretrained(directory, *model_args, config=config, **kwargs)
+            loaded = super().from_pretrained(directory, *model_args, config=config, **kwargs)
+            return _with_fast_maps(loaded)
         fit_config(config, read_index(directory))
         state = _foreign_state(cls, directory, config, dequantize, kwargs)
         _pack_experts_beside_bitsandbytes(config, kwargs)
@@ -121,7 +125,7 @@ class PretrainedLoading(_Base):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if (directory / "generation_config.json").is_file() and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(directory)
-        return loaded
+        return _with_fast_maps(loaded)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Save in our own layout; storage formats as they are held, experts on disk copied."""
@@ -165,6 +169,18 @@ class PretrainedLoading(_Base):
                     total[key] = total.get(key, 0) + value
         counts = getattr(getattr(self, "mtp", None), "counts", None)
         return total | (counts.stats() if counts is not None and counts.passes else {})
+
+
+def _with_fast_maps(loaded: Any) -> Any:
+    """What was loaded, with the model's plain linear maps as `Dsv4Linear`.
+
+    Only now: those that quantize while loading look for `nn.Linear` and nothing derived of it.
+    """
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Dsv4Linear
+    return loaded
 
 
 def quantization_state(module: torch.nn.Module) -> list[torch.Tensor]:

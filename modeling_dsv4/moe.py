@@ -18,7 +18,6 @@ from . import ops
 from .configuration_dsv4 import Dsv4Config
 from .formats import WeightFormat, simulate_fp8
 from .kernel_choice import use_triton
-from .layers import Dsv4Linear
 from .linear_ops import float32_linear
 from .precision import Float32Parameters
 
@@ -329,9 +328,9 @@ class Dsv4MLP(nn.Module):
         width = config.moe_intermediate_size * config.n_shared_experts
         self.swiglu_limit = config.swiglu_limit
         self.kernels = "auto"
-        self.gate_proj = Dsv4Linear(config.hidden_size, width, bias=False)
-        self.up_proj = Dsv4Linear(config.hidden_size, width, bias=False)
-        self.down_proj = Dsv4Linear(width, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""

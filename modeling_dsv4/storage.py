@@ -24,7 +24,7 @@ from .formats import (
     get_format,
 )
 from .kernel_choice import use_cpu_linear, use_triton
-from .layers import Dsv4Linear, Float32Head
+from .layers import Float32Head
 from .moe import Dsv4Experts, ExpertsBase, Linear, StackedWeight, Tiles
 from .ops import fp32
 from .tiled_products import frozen_linear, packed_linear, weight_tiles
@@ -166,7 +166,7 @@ class Fp8Linear(_Fp8Blocks, nn.Linear):
         return out
 
     def to_plain(self, dtype: torch.dtype) -> nn.Linear:
-        out = Dsv4Linear(self.in_features, self.out_features, bias=False, device="meta")
+        out = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         out.weight = nn.Parameter(self.dequantized(dtype))
         return out
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from modeling_dsv4 import Dsv4Config, Dsv4ForCausalLM, Dsv4Model
+from modeling_dsv4.layers import Dsv4Linear
 
 Make = Callable[..., Any]
 WEIGHTS = "model.safetensors"
@@ -100,6 +102,27 @@ def test_a_report_that_is_asked_for_lists_what_is_missing(own: Path) -> None:
     assert info["missing_keys"] == {"lm_head.weight"} and info["unexpected_keys"] == {"more"}
     with pytest.raises(ValueError, match=r"1 missing \(lm_head.weight\); 1 not expected \(more\)"):
         _load(own)
+
+
+@pytest.mark.parametrize("layout", ["own", "release", "state_dict"])
+def test_linear_maps_become_fast_ones_once_all_is_loaded(
+    own: Path, golden_dir: Path, tiny: Make, layout: str
+) -> None:
+    """Before, a library that quantizes has to find `nn.Linear` itself."""
+    plain = tiny("v4")
+    maps = {name for name, m in plain.named_modules() if type(m) is nn.Linear}
+    assert any(name.endswith("shared_experts.up_proj") for name in maps)
+    assert not any(type(m) is Dsv4Linear for m in plain.modules())
+    if layout == "state_dict":
+        state = plain.state_dict()
+        model = Dsv4ForCausalLM.from_pretrained(None, config=plain.config, state_dict=state)
+        assert {name for name, m in model.named_modules() if type(m) is Dsv4Linear} == maps
+    elif layout == "own":
+        model, _ = Dsv4ForCausalLM.from_pretrained(own, output_loading_info=True)
+    else:
+        model = Dsv4ForCausalLM.from_pretrained(golden_dir / "v4_c_bf16_dspark")
+    kinds = {type(m) for m in model.modules()}
+    assert Dsv4Linear in kinds and nn.Linear not in kinds
 
 
 def test_generation_settings_come_along(golden_dir: Path, tmp_path: Path) -> None:

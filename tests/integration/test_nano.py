@@ -230,7 +230,7 @@ def test_the_shipped_head_guesses_as_often_right_as_stated(
         assert found[name]["agreed"] == pytest.approx(domain["agreed"], abs=0.01)
         # A confidence is a probability: it says how often guesses are right.
         assert found[name]["sure"] == pytest.approx(found[name]["agreed"], abs=0.06)
-        assert found[name]["agreed"][0] > 0.5
+        assert found[name]["agreed"][0] > 0.45
 
 
 def test_drafting_gives_more_than_the_promised_tokens_a_pass(

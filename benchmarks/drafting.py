@@ -11,6 +11,9 @@ the heads of the same texts, one sequence at a time, and what share of them equa
 On disk: experts in FP4 behind a store that holds a quarter of them, their files dropped from the
 page cache before each run.
 
+All of it is float32: in bfloat16 a pass of one token and one of several round differently, and
+where two tokens are nearly alike the texts part.
+
 Runs of one kind take turns, and the median of their times counts. The program fails if one kind of
 text gives less than 1.6 tokens a pass, or if texts differ.
 """
@@ -125,7 +128,7 @@ def write(model: Any, ids: torch.Tensor, new: int, kind: int | str | None, run: 
 
 
 def models(folder: Path, share: float) -> dict[str, tuple[Any, list[Path]]]:
-    """The nano in bfloat16, and with FP4 experts on disk, of which a share may stay."""
+    """The nano in float32, and with FP4 experts on disk, of which a share may stay."""
     import quantize  # noqa: F401  (knows the storage)
     from modeling_dsv4 import Dsv4ForCausalLM
     from quantize.config import get_recipe
@@ -138,7 +141,7 @@ def models(folder: Path, share: float) -> dict[str, tuple[Any, list[Path]]]:
     for place, path, more in zip(
         PLACES, (NANO, packed), ({}, {"expert_memory": budget}), strict=True
     ):
-        model = Dsv4ForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **more).eval()
+        model = Dsv4ForCausalLM.from_pretrained(path, dtype=torch.float32, **more).eval()
         model.generation_config.eos_token_id = None
         found[place] = (model, packs if more else [])
     return found
@@ -217,7 +220,7 @@ def main() -> None:
         percent = " ".join(f"{100 * share:.0f}" for share in shares)
         console.print(f"teacher-forced on {name}: guesses that agree, by place, %: {percent}")
     title = (
-        f"greedy, {args.new} tokens: bfloat16, {args.threads} threads, torch {torch.__version__}"
+        f"greedy, {args.new} tokens: float32, {args.threads} threads, torch {torch.__version__}"
     )
     console.print(table_of(found, title))
     if args.json:

@@ -98,7 +98,8 @@ def _is_plain(site: nn.Module) -> bool:
         site._backward_pre_hooks,
         site._backward_hooks,
     )
-    return type(site) is HyperConnection and not any(hooks) and "forward" not in site.__dict__
+    seen = any(hooks) or torch.nn.modules.module._has_any_global_hook()
+    return type(site) is HyperConnection and not seen and "forward" not in site.__dict__
 
 
 class HyperHead(Float32Parameters):

@@ -86,8 +86,10 @@ def use_cpu_linear(
         and x.device.type == weight.device.type == "cpu"
         and x.dtype in _FEW_ROWS
         and x.numel() <= x.shape[-1] * groups * _few_rows(x, weight)
+        and weight.layout is torch.strided
         and weight.is_contiguous()
         and x.shape[-1] == weight.shape[1]
+        and (groups == 1 or x.shape[-2] == groups)
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and not _learns(x, weight, plus)
@@ -101,6 +103,9 @@ def _few_rows(x: torch.Tensor, weight: torch.Tensor) -> int:
 
 
 def _learns(*tensors: torch.Tensor | None) -> bool:
+    # Forward-mode gradients hang on no flag of the tensors.
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

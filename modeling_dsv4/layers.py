@@ -26,7 +26,8 @@ class RMSNorm(nn.Module):
 class Dsv4Linear(nn.Linear):
     """torch's linear map; C computes it for few rows of a CPU, see `linear_ops.py`.
 
-    `from_pretrained` makes it of every `nn.Linear` once all is loaded.
+    `from_pretrained` makes it of every `nn.Linear` once all is loaded. Whoever then looks for
+    `nn.Linear` by its exact type (`torch.ao.quantization.quantize_dynamic`) finds none.
     """
 
     kernels = "auto"  # see kernel_choice.py

@@ -98,9 +98,10 @@ def _recipe(found: dict[str, Any]) -> str:
 
 `python examples/pretrain_nano.py{plan}`: {found["parameters"] / 1e6:.2f} M parameters,
 {tokens / 1e6:.2f} M tokens seen of {trained / 1e6:.2f} M ({epochs:.2f} epochs)
-in {found["steps"]} steps of {r["rows"]} x {r["length"]}, {minutes:.1f} minutes on
-{found["threads"]} thread(s) ({pace:,.0f} tokens/s), seed {r["seed"]}, torch {found["torch"]},
-float32. A token takes {found["flops_per_token"] / 1e6:.1f} million operations, forward and
+in {found["steps"]} steps of {r["rows"]} x {r["length"]}, {minutes:.1f} minutes of
+processor time on {found["threads"]} thread(s) ({pace:,.0f} tokens/s), seed {r["seed"]},
+torch {found["torch"]}, float32.
+A token takes {found["flops_per_token"] / 1e6:.1f} million operations, forward and
 backward: {found["utilization"]:.0%} of what products of large matrices reach on the machine that
 measured ({found["matmul_rate"] / 1e9:,.0f} GFLOP/s).
 Rows {"do not look" if apart else "look"} across documents.
@@ -123,7 +124,7 @@ def _tail(found: dict[str, Any]) -> str:
     quoted = "\n\n".join(f"```text\n{s.strip()}\n```" for s in found["samples"])
     return f"""## Samples
 
-Drawn at temperature 0.7; the first line begins with the prompt.
+Drawn at temperature 0.7 of the 50 likeliest; the first line begins with the prompt.
 
 {quoted}
 """

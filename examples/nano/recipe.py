@@ -24,7 +24,7 @@ class Recipe(Pretraining):
 class Plan:
     """A nano: its recipe, what its configuration changes, and whether all of the code trains.
 
-    `name` is what `pretrain_nano.py --plan` takes; the first plan is the default.
+    `name` is what `pretrain_nano.py --plan` takes; its default is the plan of the nano in models/.
     """
 
     name: str

@@ -20,6 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 _LOG = logging.getLogger(__name__)
+_forked = False
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 # Seconds on an idle machine, minutes on a crowded one; torch computes where it takes longer.
 _SECONDS = 300
@@ -57,13 +58,28 @@ def library(folder: Path = HERE) -> ctypes.CDLL | None:
 
 
 def adopt_threads(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Let a library compute on the threads that torch has, where these are libgomp's."""
+    """Let a library compute on the threads that torch has, where these are libgomp's.
+
+    A forked process has none of them, and libgomp would wait for those of its parent: there a
+    library computes on threads of its own.
+    """
+    if _forked:
+        return lib
     try:
         parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
     except (AttributeError, OSError):
         return lib
     lib.dsv4_adopt(parallel)
     return lib
+
+
+def _remember_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_remember_fork)
 
 
 def find_compiler() -> str | None:

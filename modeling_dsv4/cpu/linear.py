@@ -39,11 +39,13 @@ def _linear(
     lib, (rows, columns) = _functions(), weight.shape
     groups = x.shape[-1] // columns
     y = _empty(x, weight, wide)
+    _check(x, weight, scale, block)
     m = y.numel() // rows
     if not m:
         return y
     x, kind = x.contiguous(), _KINDS[weight.dtype]
-    plus = None if plus is None else plus.float().contiguous()
+    if plus is not None:
+        plus = (plus if plus.shape == (rows,) else plus.expand(y.shape)).float().contiguous()
     size = lib.dsv4_linear_scratch(kind, columns, groups, m)
     scratch = torch.empty(size, dtype=torch.float32, device="cpu")
     given = (x, weight, scale, plus, scratch, y)
@@ -61,6 +63,24 @@ def _linear(
         torch.get_num_threads(),
     )
     return y
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, block: int) -> None:
+    """C trusts these sizes."""
+    rows, columns = weight.shape
+    groups = x.shape[-1] // columns
+    if not groups or x.shape[-1] % columns or rows % groups:
+        raise ValueError(
+            f"wanted rows of as many groups as a weight {list(weight.shape)} has, got x "
+            f"{list(x.shape)}"
+        )
+    if scale is not None:
+        wanted = -(-rows // block), -(-columns // block)
+        if tuple(scale.shape) != wanted or scale.device.type != "cpu":
+            raise ValueError(
+                f"wanted scales {list(wanted)} on the CPU for a weight {list(weight.shape)} in "
+                f"blocks of {block}, got {list(scale.shape)} on {scale.device}"
+            )
 
 
 def _empty(x: torch.Tensor, weight: torch.Tensor, wide: bool) -> torch.Tensor:

@@ -158,7 +158,8 @@ void dsv4_share(Task task, void *argument, int64_t chunks, int64_t threads) {
         parallel(take_shared, &shared, (unsigned)(threads < chunks ? threads : chunks), 0);
         return;
     }
-    if (chunks < 2 || threads < 2 || pthread_mutex_trylock(&pool.caller)) {
+    if (chunks < 2 || threads < 2 || (uint64_t)chunks > FIELD_MASK ||
+        pthread_mutex_trylock(&pool.caller)) {
         for (int64_t chunk = 0; chunk < chunks; ++chunk) task(argument, chunk);
         return;
     }

@@ -18,7 +18,7 @@
 #define DIGITS 1
 #endif
 
-enum { NUM_DIGITS = 3 };
+enum { NUM_DIGITS = 3, MOST_SHIFT = 120 };
 
 INLINE int in_digits(int kind) {
 #ifdef DIGITS
@@ -90,7 +90,20 @@ INLINE int digit_shift(uint32_t largest) {
     uint32_t bits;
     memcpy(&bits, &more, sizeof bits);
     const int shift = 23 + 126 - (int)(bits >> 23);
-    return shift < 120 ? shift : 120;
+    return shift < MOST_SHIFT ? shift : MOST_SHIFT;
+}
+
+/* Whether digits hold numbers up to `largest` as float32 does: not if they are infinite, or so
+ * small that no power of two inside float32 brings them up. */
+INLINE int digits_hold(uint32_t largest) {
+    return largest < 0x7f800000u && (!largest || digit_shift(largest) < MOST_SHIFT);
+}
+
+/* Sum of all lanes; of a long row it does not fit one of them. */
+INLINE int64_t wide_total(__m512i v) {
+    const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(v));
+    const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1));
+    return _mm512_reduce_add_epi64(_mm512_add_epi64(low, high));
 }
 
 INLINE float power_of_two(int exponent) { return bits_to_float((uint32_t)(exponent + 127) << 23); }
@@ -127,7 +140,7 @@ INLINE DigitRow split_trellis(const Matrix *a, int kind, const float *row, uint8
     const uint32_t largest = largest_bits(row, end);
     const int shift = digit_shift(largest);
     /* Numbers of a trellis are whole 32nds. */
-    DigitRow out = {0, power_of_two(-shift) * 0x1p-5f, largest < 0x7f800000u};
+    DigitRow out = {0, power_of_two(-shift) * 0x1p-5f, digits_hold(largest)};
     for (int64_t start = 0; start < end; start += block, digits += digit_bytes(kind)) {
         split_block(kind, row + start, shift, digits);
         const ivec sums = (ivec)digit_sums(kind, digits);
@@ -139,10 +152,11 @@ INLINE DigitRow split_trellis(const Matrix *a, int kind, const float *row, uint8
 INLINE DigitRow split_blocks(const Matrix *a, int kind, const float *row, uint8_t *digits) {
     const int64_t end = blocked(a, kind), block = BLOCK(kind);
     DigitRow out = {0, 0, 1};
+    uint32_t most = 0;
     for (int64_t start = 0; start < end; start += block, digits += digit_bytes(kind)) {
         const uint32_t largest = largest_bits(row + start, block);
         const int shift = digit_shift(largest);
-        out.valid &= largest < 0x7f800000u;
+        if (largest > most) most = largest;
         split_block(kind, row + start, shift, digits);
         const __m512i sums = digit_sums(kind, digits);
         uint8_t *const behind = digits + NUM_DIGITS * block;
@@ -158,6 +172,8 @@ INLINE DigitRow split_blocks(const Matrix *a, int kind, const float *row, uint8_
         }
         memcpy(behind + 64, &unit, sizeof unit);
     }
+    /* A small block of a row of larger ones is lost in their rounding. */
+    out.valid = digits_hold(most);
     return out;
 }
 
@@ -285,7 +301,7 @@ INLINE void add_windows(const Matrix *a, const Row *r, const int rows, const int
         for (int i = 0; i < m; ++i) {
             int64_t whole = -128 * of[i]->sum;
             for (int d = 0; d < NUM_DIGITS; ++d)
-                whole += (int64_t)_mm512_reduce_add_epi32(sums[q * m + i][d]) *
+                whole += wide_total(sums[q * m + i][d]) *
                          (1 << 8 * (NUM_DIGITS - 1 - d));
             sum[q * m + i] = (vec){(float)whole * of[i]->unit * r[q].factor};
         }

@@ -200,6 +200,16 @@ def test_outliers_zeros_and_any_size_are_as_exact(name: str, dtype: torch.dtype)
     assert found[1].eq(0).all() and found[3].abs().amax() > 0
 
 
+@pytest.mark.parametrize("name", ["fp4", "int4", "trellis3"])
+def test_rows_that_are_next_to_nothing_are_as_exact(name: str) -> None:
+    """What enters the second product is of the square of x."""
+    experts, weights = stored((512, 256), name, name, None), torch.ones(2)
+    x = torch.randn(2, 512) * torch.tensor([[2.0**-55], [2.0**-60]])
+    found, wanted = experts.run_expert(0, x, weights).double(), exact(experts, x, weights)
+    size = wanted.abs().amax(-1, keepdim=True)
+    assert (size > 0).all() and ((found - wanted).abs() <= 2.0**-18.6 * size).all()
+
+
 @pytest.mark.parametrize("name", ["fp4", *GRIDS])
 def test_an_outlier_takes_no_digits_from_other_blocks(name: str) -> None:
     experts = stored((512, 256), name, name, None)

@@ -265,6 +265,34 @@ def test_fp8_in_other_blocks_or_scales_is_torchs(calls: list[int]) -> None:
 
 
 @pytest.mark.usefixtures("everything")
+def test_what_is_added_is_spread_or_refused(calls: list[int]) -> None:
+    plus = torch.randn(1, 1, 16)
+    with torch.no_grad():
+        found = linear_ops.linear(X, W, plus=plus, kernels="auto")
+        torch.testing.assert_close(found, F.linear(X, W) + plus, rtol=1e-5, atol=1e-5)
+        with pytest.raises(RuntimeError, match="expand"):
+            linear_ops.linear(X, W, plus=torch.randn(2), kernels="auto")
+    assert len(calls) == 2
+
+
+@pytest.mark.usefixtures("everything")
+def test_forward_gradients_are_torchs(calls: list[int]) -> None:
+    layer, x, v = Dsv4Linear(20, 16).requires_grad_(False), X[0], torch.ones_like(X[0])
+    with torch.autograd.forward_ad.dual_level():
+        out = layer(torch.autograd.forward_ad.make_dual(x, v))
+        tangent = torch.autograd.forward_ad.unpack_dual(out).tangent
+    torch.testing.assert_close(tangent, F.linear(v, layer.weight))
+    assert not calls
+
+
+def test_a_forked_process_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    lib = build.library()
+    monkeypatch.setattr(build, "_forked", True)
+    monkeypatch.setattr(lib, "dsv4_adopt", lambda *_: pytest.fail("libgomp's threads taken"))
+    assert build.adopt_threads(lib) is lib
+
+
+@pytest.mark.usefixtures("everything")
 def test_without_a_compiler_torch_computes(
     calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+
 from modeling_dsv4.configuration_dsv4 import Dsv4Config
 from modeling_dsv4.safetensors_file import DTYPES
 from modeling_dsv4.weight_map import official_inventory
@@ -39,10 +41,13 @@ def _by_part(tensors: dict[str, int]) -> dict[str, int]:
     return sizes
 
 
-def _tensor_bytes(config: Dsv4Config) -> dict[str, int]:
-    """Bytes of every tensor of a release."""
+def _tensor_bytes(config: Dsv4Config, plain: torch.dtype | None = None) -> dict[str, int]:
+    """Bytes of every tensor of a release; `plain` is what its bfloat16 ones are loaded in."""
+    sizes = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+    if plain is not None:
+        sizes["BF16"] = plain.itemsize
     found = official_inventory(config).items()
-    return {name: DTYPES[dtype].itemsize * math.prod(shape) for name, (dtype, shape) in found}
+    return {name: sizes[dtype] * math.prod(shape) for name, (dtype, shape) in found}
 
 
 def model_sizes(config: Dsv4Config, recipe: Recipe, context: int = 65536) -> ModelSizes:
@@ -67,7 +72,7 @@ def model_sizes(config: Dsv4Config, recipe: Recipe, context: int = 65536) -> Mod
         draft=parts["draft"],
         vision=parts["vision"],
         cache=cache_bytes(config, context),
-        layers=_by_layer(config, tensors, records, context),
+        layers=_by_layer(config, tensors, context, records, _packs(config, recipe, "mtp")),
     )
 
 
@@ -85,14 +90,25 @@ def sizes_by_context(config: Dsv4Config, recipe: Recipe) -> Callable[[int], Mode
 
 
 def whole_sizes(config: Dsv4Config, context: int = 65536) -> LayerSizes:
-    """Bytes by layer of a model whose experts and tables are among its other weights."""
-    return _by_layer(config, _tensor_bytes(config), (), context)
+    """Bytes by layer of a model whose experts and tables are among its other weights.
+
+    Plain weights are counted in the dtype that the configuration names, in which they are loaded.
+    """
+    plain = getattr(config, "quantization_config", None) is None
+    return _by_layer(config, _tensor_bytes(config, config.dtype if plain else None), context)
 
 
 def _by_layer(
-    config: Dsv4Config, tensors: dict[str, int], packs: Sequence[PackLayout], context: int
+    config: Dsv4Config,
+    tensors: dict[str, int],
+    context: int,
+    packs: Sequence[PackLayout] = (),
+    drafts: Sequence[PackLayout] = (),
 ) -> LayerSizes:
-    """Bytes by layer of what a GPU holds; beside packs, tables of Engram are left to the host."""
+    """Bytes by layer of what a GPU holds; beside packs, tables of Engram are left to the host.
+
+    A slot takes any record, those of drafts too.
+    """
     dense, first, last = [0] * config.num_hidden_layers, 0, 0
     if config.engram_layer_ids:
         first = DTYPES["I64"].itemsize * config.vocab_size  # the token map, in no release
@@ -117,16 +133,17 @@ def _by_layer(
         tuple(dense), cache, handed,
         experts=tuple(pack.nbytes for pack in packs) or (0,) * len(dense),
         count=config.n_routed_experts if packs else 0,
-        record=max((pack.largest for pack in packs), default=0),
+        record=max((pack.largest for pack in (*packs, *drafts)), default=0),
         first=first, last=last,
         first_modules=("model.embed_tokens", *hashes),
         last_modules=("model.norm", "lm_head", *(name for name, has in others.items() if has)),
     )  # fmt: skip
 
 
-def _packs(config: Dsv4Config, recipe: Recipe) -> list[PackLayout]:
+def _packs(config: Dsv4Config, recipe: Recipe, of: str = "model.layers") -> list[PackLayout]:
     widths = config.hidden_size, config.moe_intermediate_size
-    names = (f"model.layers.{i}.mlp.experts" for i in range(config.num_hidden_layers))
+    count = config.num_draft_layers if of == "mtp" else config.num_hidden_layers
+    names = (f"{of}.{i}.mlp.experts" for i in range(count))
     return [
         PackLayout.build(name, config.n_routed_experts, *widths, recipe.format_of) for name in names
     ]

@@ -275,6 +275,18 @@ def test_what_is_added_is_spread_or_refused(calls: list[int]) -> None:
     assert len(calls) == 2
 
 
+def test_sizes_that_do_not_belong_together_are_refused() -> None:
+    codes = torch.zeros(128, 192).to(torch.float8_e4m3fn)
+    scale = torch.ones(2, 3).to(torch.float8_e8m0fnu)
+    in_c.linear(torch.randn(1, 192), codes, scale, block=64)
+    for wrong in (scale[:1], scale[:, :2].contiguous()):
+        with pytest.raises(ValueError, match=r"wanted scales \[2, 3\] on the CPU"):
+            in_c.linear(torch.randn(1, 192), codes, wrong, block=64)
+    for columns in (191, 193, 3 * 192):
+        with pytest.raises(ValueError, match="as many groups as a weight"):
+            in_c.linear(torch.randn(1, columns), codes, scale, block=64)
+
+
 @pytest.mark.usefixtures("everything")
 def test_forward_gradients_are_torchs(calls: list[int]) -> None:
     layer, x, v = Dsv4Linear(20, 16).requires_grad_(False), X[0], torch.ones_like(X[0])
@@ -290,6 +302,14 @@ def test_a_forked_process_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(build, "_forked", True)
     monkeypatch.setattr(lib, "dsv4_adopt", lambda *_: pytest.fail("libgomp's threads taken"))
     assert build.adopt_threads(lib) is lib
+
+
+def test_a_process_knows_that_it_was_forked() -> None:
+    assert not build._forked
+    child = os.fork()
+    if not child:
+        os._exit(not build._forked)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.usefixtures("everything")

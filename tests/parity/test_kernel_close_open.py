@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from modeling_dsv4 import hyper_connection, hyper_ops
 from modeling_dsv4.hyper_connection import HyperConnection
@@ -243,6 +244,23 @@ def test_a_watched_site_is_called_with_closed_streams(
     assert not joined
     want = after.forward(hyper_ops.expand(*given), handed)
     torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+
+
+@INTERPRETED
+def test_a_hook_on_all_modules_sees_closed_streams(
+    tiny_config: Callable, joined: list[bool]
+) -> None:
+    before, after, given = _layer_parts(tiny_config, "v41")
+    handed, seen = given.pop(), []
+    before.kernels = after.kernels = "triton"
+    watch = nn.modules.module.register_module_forward_pre_hook(lambda m, args: seen.append(args))
+    try:
+        hyper_connection.close_and_open(before, after, *given, handed)
+    finally:
+        watch.remove()
+    (streams, _), *_ = seen
+    assert not joined
+    torch.testing.assert_close(streams, hyper_ops.expand(*given), atol=1e-5, rtol=1e-5)
 
 
 # --- whole models -------------------------------------------------------------------------------

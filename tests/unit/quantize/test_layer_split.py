@@ -2,15 +2,24 @@
 """Which layers lie on which GPU: known sizes in, known runs out, and nothing beyond its memory."""
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from modeling_dsv4 import Dsv4Config
-from quantize.config import get_recipe
-from quantize.inventory import cache_bytes, part_bytes, sizes_by_context, whole_sizes
+from modeling_dsv4.weight_map import official_inventory
+from quantize.config import Recipe, get_recipe
+from quantize.inventory import (
+    cache_bytes,
+    model_sizes,
+    part_bytes,
+    sizes_by_context,
+    whole_sizes,
+)
 from quantize.layer_split import LayerSizes, Run, device_map, layers_that_fit, split_layers
 from quantize.placement import Machine, place
 from quantize.planning import SizesOf, load_options, make_plan
@@ -150,6 +159,25 @@ def test_a_release_by_layer_is_the_release(release: Release) -> None:
     whole = whole_sizes(config)
     assert sum(whole.dense) + whole.first + whole.last == sum(parts.values()) + token_map
     assert not any(whole.experts)
+
+
+def test_slots_take_the_records_of_drafts_as_well(release: Release) -> None:
+    config = release[0]
+    small = (("model.layers.*.mlp.experts.*", "int2"),)
+    thin = Recipe("thin", (*small, ("mtp.*.mlp.experts.*", "int2")))
+    wide = Recipe("wide", (*small, ("mtp.*.mlp.experts.*", "fp4")))
+    records = [model_sizes(config, recipe, 0).layers.record for recipe in (thin, wide)]
+    assert records[1] > 1.5 * records[0]
+
+
+def test_plain_weights_are_counted_as_they_are_loaded(tiny_config) -> None:
+    config = tiny_config("v4")
+    held = []
+    for config.dtype in (torch.bfloat16, torch.float32):
+        sizes = whole_sizes(config)
+        held.append(sum(sizes.dense) + sizes.first + sizes.last)
+    narrow = [shape for dtype, shape in official_inventory(config).values() if dtype == "BF16"]
+    assert narrow and held[1] - held[0] == 2 * sum(map(math.prod, narrow))
 
 
 def test_entries_are_handed_over_where_a_layer_has_none_of_its_own(release: Release) -> None:
